@@ -1,0 +1,3 @@
+"""Pure functions of tensors."""
+
+from phyla.kan_family.functional.rational import rational as rational
