@@ -10,7 +10,7 @@ Form = Literal["sum_abs", "abs_sum"]
 
 def _composite(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
     groups = max(numerator.shape[0], denominator.shape[0])
-    x_G = x.unflatten(dim, (groups, x.shape[dim] // groups))  # group axis at `dim`, its channels right of it
+    x_G = torch.unflatten(x, dim, (groups, x.shape[dim] // groups))  # group axis at `dim`, its channels right of it
     trailing = (1,) * (-dim)
     a = [c.reshape(-1, *trailing) for c in numerator.unbind(1)]
     b = [c.reshape(-1, *trailing) for c in denominator.unbind(1)]
@@ -24,7 +24,7 @@ def _composite(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim
     q = b[-1] * u
     for b_i in reversed(b[:-1]):
         q = (q + b_i) * u
-    return (p / (1 + q.abs())).flatten(dim - 1, dim)
+    return torch.flatten(p / (1 + q.abs()), dim - 1, dim)
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor, *, form: Form = "sum_abs", dim: int = -1) -> Tensor:
