@@ -29,14 +29,15 @@ _TILE_ELEMENTS = 1 << 20
 class KANLinear(nn.Module):
     """`y_o = sum_i [ w_oi b(x_i) + sum_k c_oik B_k(x_i) ] + bias_o`.
 
-    The start preserves variance for every basis: `coef ~ N(0, init_scale^2 / (I m2))` with `m2 = sum_k E[B_k(z)^2]` for a standard normal z,
-    `base_weight` as in `nn.Linear`, `bias = 0`.
+    The start preserves variance for every basis: `coef ~ N(0, init_scale^2 / (I m2))` with `m2 = sum_k E[B_k(z)^2]` for a standard
+    normal z, `base_weight` as in `nn.Linear`, `bias = 0`.
 
     Args:
         in_features: I.
         out_features: O.
         basis: the functions B_k: a Basis, or its name.
-        base: the function b of the base branch, `"silu"`, `"gelu"`, `"relu"`, `"tanh"`, `"identity"` or a callable; None for no base branch.
+        base: the function b of the base branch, `"silu"`, `"gelu"`, `"relu"`, `"tanh"`, `"identity"` or a callable; None for no such
+            branch.
         bias: whether to add a bias.
         norm: normalisation, `"layer"` or `"batch"`, of the input of the basis branch; the base branch sees the raw input.
         init_scale: standard deviation that the basis branch gives to the output; 1 without base branch, else 0.1.
@@ -257,11 +258,11 @@ class KANLinear(nn.Module):
                 )
             if coef.shape != self.coef.shape and isinstance(self.basis.spec, BSpline):
                 self._resize(coef.shape[2] - self.basis.spec.order)
-        if mask is not None and self.edge_mask is None:
-            self.edge_mask = torch.ones_like(self.coef[..., 0], requires_grad=False)
+            self.edge_mask = None if mask is None else torch.ones_like(self.coef[..., 0], requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
+        """Sizes and options."""
         return f"in_features={self.in_features}, out_features={self.out_features}, base={self.base!r}, bias={self.bias is not None}"
 
 

@@ -91,8 +91,8 @@ class KAN(nn.Module):
     def regularization(self, x: Tensor, *, l1: float = 1.0, entropy: float = 2.0) -> Tensor:
         """Sparsity penalty on the sizes of the edges over the samples; a differentiable scalar.
 
-        `v_oi = std_oi / (std(x_i) + 0.1)`; each layer adds `l1 sum v + entropy (S_row + S_col)` with the mean entropies of the rows and of the
-        columns of v.
+        `v_oi = std_oi / (std(x_i) + 0.1)`; each layer adds `l1 sum v + entropy (S_row + S_col)` with the mean entropies of the rows and of
+        the columns of v.
 
         Args:
             x: samples `(..., n_0)`.
@@ -133,8 +133,8 @@ class KAN(nn.Module):
     def prune(self, x: Tensor, *, node_threshold: float = 1e-2, edge_threshold: float = 3e-2) -> KAN:
         """A smaller model without the hidden nodes and edges that matter little on the samples.
 
-        Hidden nodes that score below `node_threshold` are dropped; then edges of the remaining network that score below `edge_threshold` are
-        masked. With both thresholds 0 the result equals the model. A hidden layer keeps at least its best node.
+        Hidden nodes that score below `node_threshold` are dropped; then edges of the remaining network that score below `edge_threshold`
+        are masked. With both thresholds 0 the result equals the model. A hidden layer keeps at least its best node.
 
         Args:
             x: samples `(..., n_0)`.
@@ -165,16 +165,14 @@ class KAN(nn.Module):
             [len(nodes) for nodes in kept], basis=first.basis.spec, device=first.coef.device, dtype=first.coef.dtype, **self._options
         )
         for target, source, inputs, outputs in zip(model._stack(), layers, kept, kept[1:], strict=False):
-            state = dict(source.state_dict())
+            state, inputs_before = dict(source.state_dict()), (source.in_features,)
             for name, value in state.items():
-                picked = value
                 if name in ("coef", "base_weight", "edge_mask"):
-                    picked = value[outputs][:, inputs]
+                    state[name] = value[outputs][:, inputs]
                 elif name == "bias":
-                    picked = value[outputs]
-                elif value.dim() > 0 and len(value) == source.in_features and name.split(".")[-1] != "centers":
-                    picked = value[inputs]
-                state[name] = picked
+                    state[name] = value[outputs]
+                elif value.shape[:1] == inputs_before and value.dim() == (2 if name.startswith("basis.") else 1):  # a basis shares vectors
+                    state[name] = value[inputs]
             target.load_state_dict(state)
         return model.train(self.training)
 

@@ -1,7 +1,7 @@
 """Basis functions of KAN layers in plain torch: `(..., I) -> (..., I, K)`, differentiable to any order.
 
-Parameters of a basis have one row for each input, `(I, ...)`, or one row `(...)` that all inputs share. `evaluate` is the one door to all of
-them: the linear layers and the convolutions name a basis by its kind and pass its constants as plain numbers.
+Parameters of a basis have one row for each input, `(I, ...)`, or one row `(...)` that all inputs share. `evaluate` is the one door to all
+of them: the linear layers and the convolutions name a basis by its kind and pass its constants as plain numbers.
 
 Legend: I inputs, K basis functions of an input, k spline order, G grid intervals.
 """
