@@ -13,6 +13,9 @@ from phyla.kan_family.bases import Jacobi as Jacobi
 from phyla.kan_family.bases import Rational as Rational
 from phyla.kan_family.bases import ReLUBump as ReLUBump
 from phyla.kan_family.bases import Wavelet as Wavelet
+from phyla.kan_family.conv import KANConv1d as KANConv1d
+from phyla.kan_family.conv import KANConv2d as KANConv2d
+from phyla.kan_family.conv import KANConv3d as KANConv3d
 from phyla.kan_family.linear import KANLinear as KANLinear
 from phyla.kan_family.model import KAN as KAN
 from phyla.kan_family.model import Attribution as Attribution

@@ -36,7 +36,7 @@ def _basis_linear_composite(
     weight_t = weight.reshape(outputs, -1).t()
     rows = max(1, _TILE_ELEMENTS // max(1, inputs * (functions + 1)))
     tiles = []
-    for tile in x.split(rows):
+    for tile in torch.split(x, rows):
         phi = evaluate(tile, first, second, kind, ints, floats)
         if base_weight is not None:
             phi = torch.cat([phi, activate(tile, base).unsqueeze(-1)], -1)
