@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -276,6 +277,8 @@ def _functions(kernel: Kernel) -> tuple[type[torch.autograd.Function], type[torc
             seed = tuple(torch.zeros_like(o) for o in out) if outputs > 1 else torch.zeros_like(out)
             return torch.func.vjp(pullback, seed)[1](tuple(tangents[i] for i in moved))[0]
 
+    # torch asks for the signature at every call; this spares the parsing (some 40 microseconds).
+    cast(Any, Traced.forward).__signature__ = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
     return Traced, Eager
 
 
