@@ -99,7 +99,7 @@ class _KANConv(nn.Module):
             return self._rational(x, geometry)
         operands = self.basis.operands()
         if self.base is None or isinstance(self.base, str):
-            fused = {"base_weight": self.base_weight, "base": self.base or "silu"}
+            fused: dict[str, Any] = {"base_weight": self.base_weight, "base": self.base or "silu"}
             return basis_conv(x, self.coef, **operands, **fused, **geometry, pad_input=self.pad == "input")
         y = basis_conv(x, self.coef, **operands, **geometry, pad_input=self.pad == "input")
         return y + self._base_branch(x, geometry)
@@ -115,7 +115,8 @@ class _KANConv(nn.Module):
         return y if self.base_weight is None else y + self._base_branch(padded, geometry)
 
     def _base_branch(self, x: Tensor, geometry: dict[str, Any]) -> Tensor:
-        assert self.base is not None and self.base_weight is not None
+        assert self.base is not None
+        assert self.base_weight is not None
         if self.pad == "input":
             x, geometry = pad(x, geometry["padding"]), {**geometry, "padding": (0,) * self.dimensions}
         values = activate(x, self.base) if isinstance(self.base, str) else self.base(x)

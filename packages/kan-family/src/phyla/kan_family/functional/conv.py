@@ -1,6 +1,7 @@
 """Convolutions with a basis on every tap: the basis is evaluated once per pixel and channel, then one ordinary convolution.
 
-Legend: N samples, C channels, K basis functions of a channel, O output channels, g groups; `*S` the spatial sizes, `*R` those of the kernel.
+Legend: N samples, C channels, K basis functions of a channel, O output channels, g groups; `*S` the spatial sizes, `*R` those of the
+kernel.
 """
 
 from __future__ import annotations

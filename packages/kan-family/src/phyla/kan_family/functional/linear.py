@@ -14,6 +14,7 @@ from torch import Tensor
 
 from phyla.kan_family.functional.basis import activate, evaluate
 from phyla.shared import checks
+from phyla.shared.kernels import Kernel
 
 __all__ = ["bspline_linear", "chebyshev_linear", "fourier_linear", "rbf_linear", "relu_bump_linear"]
 
@@ -44,6 +45,16 @@ def _basis_linear_composite(
     return torch.cat(tiles)
 
 
+_basis_linear = Kernel(
+    "phyla_kan_family::basis_linear(Tensor x, Tensor coef, Tensor? base_weight, Tensor? first, Tensor? second, str kind, str base, int[] ints, "
+    "float[] floats) -> Tensor",
+    _basis_linear_composite,
+    differentiable=("x", "coef", "base_weight", "first", "second"),
+    fake=lambda x, coef, *_: x.new_empty(x.shape[0], coef.shape[0]),
+    autocast=("x", "coef", "base_weight"),
+)
+
+
 def basis_linear(
     x: Tensor,
     coef: Tensor,
@@ -72,7 +83,7 @@ def basis_linear(
     checks.floating("x", x)
     checks.last_dim("x", x, checks.shape("coef", coef, (None, None, None)).shape[1])
     rows = x.reshape(-1, x.shape[-1])
-    y = _basis_linear_composite(rows, coef, base_weight, first, second, kind, base, list(ints), list(floats))
+    y: Tensor = _basis_linear(rows, coef, base_weight, first, second, kind, base, list(ints), list(floats))
     y = y if bias is None else y + bias
     return y.reshape(*x.shape[:-1], coef.shape[0])
 
