@@ -161,7 +161,7 @@ class Kernel:
 
     def _backward_composite(self, *arguments: Any) -> Any:
         grads, args, needs = arguments[: self._outputs], arguments[self._outputs : -1], arguments[-1]
-        wanted = [i for j, i in enumerate(self._differentiable) if needs >> j & 1]
+        wanted = [i for j, i in enumerate(self._differentiable) if needs >> j & 1 and args[i] is not None]
         with _autograd_inside_an_op():
             leaves = [args[i].detach().requires_grad_() for i in wanted]
             out = _of(self.plain, args, wanted)(*leaves)
@@ -173,7 +173,9 @@ class Kernel:
     def _backward_fake(self, *arguments: Any) -> Any:
         args, needs = arguments[self._outputs : -1], arguments[-1]
         results = tuple(
-            torch.empty_like(args[i], memory_format=torch.contiguous_format) if needs >> j & 1 else args[0].new_empty(0)
+            torch.empty_like(args[i], memory_format=torch.contiguous_format)
+            if needs >> j & 1 and args[i] is not None
+            else args[0].new_empty(0)
             for j, i in enumerate(self._differentiable)
         )
         return results if len(results) > 1 else results[0]

@@ -374,15 +374,24 @@ def module_distributed(make: Callable[[], nn.Module], inputs: tuple[Tensor, ...]
     dist: Any = torch.distributed
 
     plain = make().eval()
+    expected = plain(*inputs)
+    expected.sum().backward()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        mesh = dist.init_device_mesh("cpu", (1,))
         sharded = copy.deepcopy(plain)
-        fully_shard(sharded, mesh=mesh, ignored_params={p for p in sharded.parameters() if p.dim() == 0})  # FSDP2 refuses scalars
+        scalars = {p for p in sharded.parameters() if p.dim() == 0}  # FSDP2 refuses them
+        fully_shard(sharded, mesh=dist.init_device_mesh("cpu", (1,)), ignored_params=scalars)
         for name, wrapped in (("DDP", nn.parallel.DistributedDataParallel(copy.deepcopy(plain))), ("FSDP2", sharded)):
+            wrapped.zero_grad()
             out = wrapped(*inputs)
             out.sum().backward()
-            assert_close(f"{type(plain).__name__}, {name}", out, plain(*inputs), 1e-6)
+            assert_close(f"{type(plain).__name__}, {name}", out, expected, 1e-6)
+            for parameter, twin in zip(plain.parameters(), wrapped.parameters(), strict=True):
+                if parameter.grad is not None:
+                    assert twin.grad is not None, f"{type(plain).__name__}, {name}: a parameter without a gradient"
+                    grad: Any = twin.grad
+                    full = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+                    assert_close(f"{type(plain).__name__}, {name}: gradient", full, parameter.grad, 1e-5)
     finally:
         dist.destroy_process_group()
 
