@@ -134,3 +134,10 @@ def test_a_broken_library_is_reported(selftest: Path, tmp_path: Path) -> None:
     (kernels / "_native.so").write_bytes(b"not a library")
     assert run("", broken).stdout.startswith("composite: the native library does not load")
     assert run("require", broken).returncode != 0
+
+
+def test_no_wrong_dtype_or_device_reaches_native_code(cubic: Kernel) -> None:
+    with pytest.raises(TypeError, match=r"w: expected a floating-point tensor, got torch\.bool"):
+        cubic(X, torch.tensor(True))
+    with pytest.raises(ValueError, match="w: expected a tensor on cpu, got one on meta"):
+        cubic(X, W.to("meta"))

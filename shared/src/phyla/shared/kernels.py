@@ -106,7 +106,7 @@ class Kernel:
         parsed = torch._C.parse_schema(schema)
         self.namespace, self.name = parsed.name.split("::")
         self.composite = composite
-        names = [a.name for a in parsed.arguments]
+        names = self._names = [a.name for a in parsed.arguments]
         unknown = [n for n in (*differentiable, *autocast) if n not in names]
         if unknown:
             raise ValueError(f"differentiable, autocast: expected names among {names}, got {unknown}")
@@ -137,9 +137,19 @@ class Kernel:
         return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{self.namespace}::{self.name}", "CPU"))
 
     def __call__(self, *args: Any) -> Any:
-        """Run the op; positional arguments in the order of the schema."""
+        """Run the op; positional arguments in the order of the schema.
+
+        Raises:
+            TypeError, ValueError: a differentiable argument is not floating-point, or not on the device of the first.
+        """
         first: Tensor = args[0]
         kind = first.device.type
+        for place, a in enumerate(args):
+            if isinstance(a, Tensor):
+                if a.device != first.device:
+                    raise ValueError(f"{self._names[place]}: expected a tensor on {first.device}, got one on {a.device}")
+                if place in self._differentiable and not a.is_floating_point():
+                    raise TypeError(f"{self._names[place]}: expected a floating-point tensor, got {a.dtype}")
         if self._autocast and torch.is_autocast_enabled(kind):
             to = torch.get_autocast_dtype(kind)
             args = tuple(a.to(to) if i in self._autocast and a is not None and a.is_floating_point() else a for i, a in enumerate(args))
