@@ -5,6 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from phyla.shared import checks
+from phyla.shared.kernels import Kernel
+
 Form = Literal["sum_abs", "abs_sum"]
 
 
@@ -25,6 +28,15 @@ def _composite(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim
     for b_i in reversed(b[:-1]):
         q = (q + b_i) * u
     return torch.flatten(p / (1 + q.abs()), dim - 1, dim)
+
+
+_rational = Kernel(
+    "phyla_kan_family::rational(Tensor x, Tensor numerator, Tensor denominator, str form, int dim) -> Tensor",
+    _composite,
+    differentiable=("x", "numerator", "denominator"),
+    fake=lambda x, numerator, denominator, form, dim: torch.empty_like(x, memory_format=torch.contiguous_format),
+    autocast=("x",),
+)
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor, *, form: Form = "sum_abs", dim: int = -1) -> Tensor:
@@ -50,8 +62,8 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, *, form: Form = 
 
     Source: "Kolmogorov-Arnold Transformer", section 4.2 (`abs_sum` is the printed formula, `sum_abs` that of the released weights).
     """
-    if form not in ("sum_abs", "abs_sum"):
-        raise ValueError(f"form: expected one of 'sum_abs', 'abs_sum', got {form!r}")
+    checks.choice("form", form, ("sum_abs", "abs_sum"))
+    checks.floating("x", x)
     for name, c in (("numerator", numerator), ("denominator", denominator)):
         if c.ndim != 2 or c.shape[0] == 0 or c.shape[1] == 0:
             raise ValueError(f"{name}: expected shape (1 or groups, coefficients), got {tuple(c.shape)}")
@@ -63,4 +75,5 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, *, form: Form = 
     groups = rows.pop()
     if x.shape[dim] % groups:
         raise ValueError(f"x: expected size of dimension {dim} divisible by {groups} groups, got shape {tuple(x.shape)}")
-    return _composite(x, numerator, denominator, form, dim - x.ndim if dim >= 0 else dim)
+    y: Tensor = _rational(x, numerator, denominator, form, dim - x.ndim if dim >= 0 else dim)
+    return y
