@@ -105,15 +105,18 @@ class _Curve:
     """Samples of an edge with their target centred and scaled to norm 1."""
 
     x: _Array
+    middle: float  # of the interval that x covers
+    half: float  # its half-width
     target: _Array
     mean: float
     norm: float
 
     @classmethod
     def of(cls, x: _Array, y: _Array) -> "_Curve":
+        low, high = float(x.min()), float(x.max())
         mean = float(y.mean())
         norm = float(np.linalg.norm(y - mean))
-        return cls(x, (y - mean) / (norm or 1.0), mean, norm)
+        return cls(x, (low + high) / 2, (high - low) / 2, (y - mean) / (norm or 1.0), mean, norm)
 
     def project(self, f: _Array, flat: float = 1e-4) -> tuple[_Array, _Array, _Array]:
         """Centred values, best scale and share of the target explained for curves `f (..., samples)`.
@@ -139,8 +142,7 @@ class _Scan:
     @classmethod
     def of(cls, curve: _Curve, a: _Array, b: _Array) -> "_Scan":
         cells = np.stack(np.meshgrid(a, b, indexing="ij"), axis=-1).reshape(-1, 2)
-        low, high = float(curve.x.min()), float(curve.x.max())
-        middle, half = (low + high) / 2, (high - low) / 2
+        middle, half = curve.middle, curve.half
         if half > 0 and not (0.5 <= half <= 2 and abs(middle) <= 1):  # the grid suits [-1, 1]: scan x brought there, too
             cells = np.concatenate([cells, np.stack([cells[:, 0] / half, cells[:, 1] - cells[:, 0] * middle / half], axis=1)])
         order = np.argsort(curve.x, kind="stable")
@@ -158,15 +160,18 @@ def _polish(function: _Function, curve: _Curve, ab: _Array) -> tuple[float, floa
     """Levenberg-Marquardt over `(a, b)` from all starts `(cells, 2)` at once; the best pair, None if no start is finite.
 
     The residual is that of the best `(c, d)`; its derivative leaves out that of the projector along the residual (Kaufman), which
-    vanishes at a good fit. A step to a non-finite residual is refused like one that does not improve.
+    vanishes at a good fit. A step to a non-finite residual is refused like one that does not improve. The search runs in
+    `x` brought to [-1, 1], where both parameters have one scale.
     """
+    middle, half = curve.middle, curve.half or 1.0
+    t = (curve.x - middle) / half
 
     def evaluate(ab: _Array) -> tuple[_Array, _Array, _Array]:
-        u = ab[:, :1] * curve.x + ab[:, 1:]
+        u = ab[:, :1] * t + ab[:, 1:]
         centred, c, _ = curve.project(function.value(np, u))
         residual = curve.target - c[:, None] * centred
         slope = c[:, None] * function.slope(u)
-        columns = np.stack([slope * curve.x, slope], axis=2)
+        columns = np.stack([slope * t, slope], axis=2)
         columns = np.where(np.isfinite(columns), columns, 0.0)  # sqrt, arcsin, .. at the end of their domain
         columns -= columns.mean(1, keepdims=True)
         unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
@@ -174,6 +179,7 @@ def _polish(function: _Function, curve: _Curve, ab: _Array) -> tuple[float, floa
         columns_T = columns.transpose(0, 2, 1)
         return np.square(residual).sum(1), columns_T @ columns, (columns_T @ residual[:, :, None])[:, :, 0]
 
+    ab = np.stack([ab[:, 0] * half, ab[:, 1] + ab[:, 0] * middle], axis=1)
     error, normal, gradient = evaluate(ab)
     ab, error, normal, gradient = (part[np.isfinite(error)] for part in (ab, error, normal, gradient))
     damping = np.full(len(ab), 1e-3)
@@ -181,7 +187,8 @@ def _polish(function: _Function, curve: _Curve, ab: _Array) -> tuple[float, floa
     for _ in range(_POLISH_STEPS):
         if not active.any():
             break
-        p, q, r = normal[:, 0, 0] * (1 + damping), normal[:, 0, 1], normal[:, 1, 1] * (1 + damping)
+        ridge = 1e-10 * (normal[:, 0, 0] + normal[:, 1, 1])  # for functions with one parameter too many, like exp
+        p, q, r = normal[:, 0, 0] * (1 + damping) + ridge, normal[:, 0, 1], normal[:, 1, 1] * (1 + damping) + ridge
         step = np.stack([r * gradient[:, 0] - q * gradient[:, 1], p * gradient[:, 1] - q * gradient[:, 0]], axis=1)
         trial = ab + step / (p * r - q * q)[:, None]
         new_error, new_normal, new_gradient = evaluate(trial)
@@ -195,8 +202,8 @@ def _polish(function: _Function, curve: _Curve, ab: _Array) -> tuple[float, floa
         active &= ~settled
     if not len(ab):
         return None
-    best = int(np.argmin(error))
-    return float(ab[best, 0]), float(ab[best, 1])
+    a, b = ab[int(np.argmin(error))]
+    return float(a / half), float(b - a * middle / half)
 
 
 def _canonical(function: _Function, a: float, b: float) -> tuple[float, float]:
@@ -223,7 +230,7 @@ def _reading(name: str, curve: _Curve, ab: tuple[float, float]) -> SymbolicFit |
         return None
     if name in ("sin", "cos") and scale < 0:  # half a turn makes the amplitude positive
         scale, b = -scale, b + (math.pi if b <= 0 else -math.pi)
-    return SymbolicFit(name, a, b, scale, shift, round(float(r2), 12), function.complexity)
+    return SymbolicFit(name, a, b + 0.0, scale, shift, round(float(r2), 12), function.complexity)
 
 
 def _samples(name: str, values: Tensor) -> _Array:
