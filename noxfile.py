@@ -114,7 +114,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy --strict on all sources, and on a consumer that sees only the wheels."""
-    install(session, PACKAGES, "mypy", "nox", "pytest", "scipy-stubs")
+    install(session, PACKAGES, "mypy", "nox", "scipy-stubs", *groups(PACKAGES, "test"))
     sources = [str(folder / "src") for folder in PACKAGES.values()] + [str(ROOT / "tests-integration")]
     session.run("mypy", "--strict", *sources, str(ROOT / "noxfile.py"), env={"MYPYPATH": os.pathsep.join(sources)})
     with tempfile.TemporaryDirectory() as temporary:

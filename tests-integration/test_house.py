@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
@@ -82,6 +84,15 @@ def test_public_names_exist_and_are_documented(folder: Path) -> None:
     for name in getattr(module, "__all__", []):
         public = getattr(module, name)
         assert not callable(public) or public.__doc__, f"{module.__name__}.{name} has no docstring"
+
+
+@every_package
+def test_the_readme_runs(folder: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_file_is_longer_than_a_reader_bears() -> None:
