@@ -14,8 +14,9 @@ from phyla.kan_family.fitting import fit
 from phyla.kan_family.model import KAN
 from phyla.kan_family.symbolic import fit_edge, symbolic_readout
 
-SEEDS = range(6)
+SEEDS = range(4)
 GRIDS = (5, 10, 20, 40)
+TRAINED = 1e-3  # RMSE
 
 
 def curves() -> None:
@@ -44,6 +45,8 @@ def train(seed: int) -> tuple[KAN, torch.Tensor, float]:
     for grid_size in GRIDS:
         model.refine(grid_size)
         error = float(fit(model, x, y, steps=20, grid_update_until=0).train_loss[-1].sqrt())
+        if error < TRAINED:
+            break
     return model, x, error
 
 
@@ -56,11 +59,11 @@ def main() -> None:
         names = [[fit.name if fit else "?" for row in layer for fit in row] for layer in readout.fits]
         r2 = float(readout.r2[0])
         print(f"seed {seed}: RMSE {error:.1e}, read as {names} with r2 {r2:.6f}: {readout.formulas[0]}")
-        if error < 1e-3:
+        if error < TRAINED:
             trained += 1
             assert names == [["sin", "x^2"], ["exp"]]
             assert r2 > 0.999
-    assert trained > 0, "no seed reached an RMSE of 1e-3"
+    assert trained > 0, f"no seed reached an RMSE of {TRAINED}"
 
 
 if __name__ == "__main__":

@@ -293,3 +293,14 @@ def test_readout_errors() -> None:
         symbolic_readout(model, x, simplicity=1.5)
     with pytest.raises(ValueError, match="r2_threshold: expected a number"):
         symbolic_readout(model, x, r2_threshold=1.5)
+
+
+def test_a_parabola_is_not_read_as_a_wide_sine() -> None:
+    x = _square_points(200)
+    generator = torch.Generator().manual_seed(1)
+    noise = 1e-5 * torch.randn(200, dtype=torch.float64, generator=generator)
+    wide = [fit for fit in fit_edge(x[:, 0], x[:, 0] ** 2 + noise) if fit.name in ("sin", "x^2")]
+    assert max(wide, key=lambda fit: fit.r2).r2 - min(wide, key=lambda fit: fit.r2).r2 < 1e-8
+    model = _drawn([2, 1], [[[lambda u: u**2, lambda u: 0.5 * u**2 + 1e-5 * u**3]]], x)
+    readout = symbolic_readout(model, x)
+    assert [fit.name for fit in readout.fits[0][0] if fit] == ["x^2", "x^2"]

@@ -44,6 +44,11 @@ class _Function:
     period: float = math.inf  # b -> b + period
     twin: tuple[str, float] | None = None  # f(u + offset) = +-f_twin(u) + constant
 
+    @property
+    def parameters(self) -> int:
+        """How many of `a` and `b` change the span."""
+        return 2 - self.scale - self.shift
+
 
 _LIBRARY: dict[str, _Function] = {
     "0": _Function(0, lambda xp, u: 0 * u, np.zeros_like, "0"),
@@ -380,6 +385,17 @@ def _formulas(model: KAN, fits: Sequence[Sequence[Sequence[SymbolicFit | None]]]
     return tuple(nodes)
 
 
+def _choose(fits: Sequence[SymbolicFit], simplicity: float) -> SymbolicFit | None:
+    def error(fit: SymbolicFit) -> float:
+        return 1 + 1e-5 - fit.r2
+
+    best = min(fits, key=lambda fit: simplicity * fit.complexity + (1 - simplicity) * math.log2(error(fit)), default=None)
+    if best is None:
+        return None
+    equals = [fit for fit in fits if fit.complexity <= best.complexity and error(fit) <= 1.1 * error(best)]
+    return min(equals, key=lambda fit: _LIBRARY[fit.name].parameters)
+
+
 def symbolic_readout(
     model: KAN,
     x: Tensor,
@@ -393,6 +409,7 @@ def symbolic_readout(
 
     Among the functions that reach `r2_threshold` on an edge, the one with the smallest
     `simplicity * complexity + (1 - simplicity) * log2(1 + 1e-5 - r2)` is taken; an edge that none reaches keeps its numerical curve.
+    Where two of one complexity have errors within 10 %, the one with fewer inner parameters is taken: `sin` can imitate `x^2`.
     Layers are read in order, each on the outputs of the symbolic layers before it, so that every function is finite where it is used.
 
     Args:
@@ -422,11 +439,6 @@ def symbolic_readout(
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     layers = _layers(frozen)
 
-    def choose(curve_x: Tensor, curve_y: Tensor) -> SymbolicFit | None:
-        good = [fit for fit in fit_edge(curve_x, curve_y, library=library) if fit.r2 >= r2_threshold]
-        cost = {fit: simplicity * fit.complexity + (1 - simplicity) * math.log2(1 + 1e-5 - fit.r2) for fit in good}
-        return min(good, key=lambda fit: cost[fit], default=None)
-
     fits = []
     h = x.detach().double()
     edges = sum(layer.out_features * layer.in_features for layer in layers)
@@ -436,7 +448,8 @@ def symbolic_readout(
             curves = layer.edge_outputs(h_layer)
             rows: list[list[SymbolicFit | None]] = [[] for _ in range(layer.out_features)]
             for o, i in product(range(layer.out_features), range(layer.in_features)):
-                rows[o].append(choose(h_layer[:, i], curves[:, o, i]))
+                fits_edge = fit_edge(h_layer[:, i], curves[:, o, i], library=library)
+                rows[o].append(_choose([fit for fit in fits_edge if fit.r2 >= r2_threshold], simplicity))
                 bar.update()
             fits.append(tuple(tuple(row) for row in rows))
             h = _evaluate(layer, fits[-1], h)
