@@ -57,22 +57,24 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, *, form: Form = 
         Tensor of the shape and dtype of `x`.
 
     Raises:
-        ValueError: If the coefficients are not two-dimensional, the row counts disagree, the channels cannot be divided into
-            the groups, or `form` is unknown.
+        TypeError: If an argument is no floating tensor.
+        ValueError: If the coefficients are not two-dimensional, the row counts or devices disagree, the channels cannot be divided
+            into the groups, or `form` is unknown.
 
     Source: "Kolmogorov-Arnold Transformer", section 4.2 (`abs_sum` is the printed formula, `sum_abs` that of the released weights).
     """
     checks.choice("form", form, ("sum_abs", "abs_sum"))
     checks.floating("x", x)
     for name, c in (("numerator", numerator), ("denominator", denominator)):
-        if c.ndim != 2 or c.shape[0] == 0 or c.shape[1] == 0:
+        if checks.floating(name, c).ndim != 2 or c.shape[0] == 0 or c.shape[1] == 0:
             raise ValueError(f"{name}: expected shape (1 or groups, coefficients), got {tuple(c.shape)}")
-    rows = {numerator.shape[0], denominator.shape[0]} - {1} or {1}
-    if len(rows) > 1:
+        if c.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} like x, got {c.device}")
+    groups = max(numerator.shape[0], denominator.shape[0])
+    if numerator.shape[0] not in (1, groups) or denominator.shape[0] not in (1, groups):
         raise ValueError(f"denominator: expected 1 or {numerator.shape[0]} rows as numerator has, got {denominator.shape[0]}")
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim: expected a dimension of x with shape {tuple(x.shape)}, got {dim}")
-    groups = rows.pop()
     if x.shape[dim] % groups:
         raise ValueError(f"x: expected size of dimension {dim} divisible by {groups} groups, got shape {tuple(x.shape)}")
     y: Tensor = _rational(x, numerator, denominator, form, dim - x.ndim if dim >= 0 else dim)
