@@ -67,8 +67,8 @@ def train(
     chosen = {id(p) for p in shrink}
     keep = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": shrink, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=max(0.1, 2 / steps), cycle_momentum=False)
     clock = StepClock()
     model.train()
     for done, batch in zip(range(1, steps + 1), batches, strict=False):

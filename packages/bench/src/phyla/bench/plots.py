@@ -26,8 +26,6 @@ STYLE: Any = {
     "ytick.color": "#30343b",
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
     "svg.fonttype": "none",  # text stays text: it can be searched and copied
     "svg.hashsalt": "phyla",
     "path.simplify": True,
@@ -106,7 +104,16 @@ def _figure(height: float) -> tuple[Any, Any]:
 
 
 def _legend(axes: Any, entries: int) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(entries, 5), borderaxespad=0.2, handlelength=1.6, columnspacing=1.4)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=min(entries, 5),
+        borderaxespad=0.2,
+        handlelength=1.6,
+        columnspacing=1.4,
+        frameon=False,
+        fontsize=9,
+    )
 
 
 def _svg(figure: Any, prefix: str, description: str) -> str:

@@ -111,7 +111,7 @@ def _pipeline(index: int, outcome: Outcome) -> str:
     if outcome.result is None:
         ending = f"{outcome.status} after {duration(outcome.seconds)}"
         return f'{name}\n<p class="{outcome.status}">{ending}</p>\n<pre>{_text(outcome.error or "")}</pre>'
-    parts = [name, *(f"<p>{_text(paragraph)}</p>" for paragraph in outcome.result.about.split("\n\n"))]
+    parts = [name, *(f"<p>{_text(paragraph)}</p>" for paragraph in outcome.result.about.strip().split("\n\n"))]
     for number, board in enumerate(outcome.result.boards):
         parts += [f"<h3>{_text(board.title)}</h3>", _board(board), _figure(board_svg(board, prefix=f"p{index}b{number}"))]
     for number, chart in enumerate(outcome.result.charts):

@@ -1,0 +1,84 @@
+"""The real pipelines at a tiny size: what they compute is right before anyone waits for a full run."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import special
+
+from phyla.bench.measure import count_parameters
+from phyla.bench.pipelines import curves, images
+
+QUIET = id  # a progress callback that does nothing
+
+
+@pytest.mark.parametrize("inputs", sorted({inputs for inputs, _ in curves.FUNCTIONS.values()}))
+def test_curve_models_have_equal_budgets(inputs):
+    for model in curves.MODELS:
+        network = model.build(inputs)
+        assert count_parameters(network) == pytest.approx(curves.budget(inputs), rel=0.05), model.name
+        assert network(torch.zeros(3, inputs)).shape == (3, 1)
+
+
+def test_image_models_have_equal_budgets():
+    counts = {}
+    for model in images.MODELS:
+        network = model.build()
+        counts[model.name] = count_parameters(network)
+        assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10), model.name
+    middle = sorted(counts.values())[len(counts) // 2]
+    assert {name: count for name, count in counts.items() if abs(count - middle) > 0.05 * middle} == {}
+
+
+def test_the_seven_functions():
+    x = np.array([[0.3, -0.4, 0.5, 0.2]])
+    expected = {
+        "sin(5 pi x)": math.sin(5 * math.pi * 0.3),
+        "exp(sin(pi x) + y^2)": math.exp(math.sin(math.pi * 0.3) + 0.16),
+        "x y": -0.12,
+        "J0(20x)": special.jv(0, 6.0),
+        "tanh(20 (x - 0.2))": math.tanh(2.0),
+        "|x + y|": 0.1,
+        "exp((sin(pi (x1^2 + x2^2)) + sin(pi (x3^2 + x4^2))) / 2)": math.exp((math.sin(math.pi * 0.25) + math.sin(math.pi * 0.29)) / 2),
+    }
+    assert expected.keys() == curves.FUNCTIONS.keys()
+    for name, (inputs, formula) in curves.FUNCTIONS.items():
+        assert formula(x[:, :inputs])[0] == pytest.approx(expected[name]), name
+
+
+@pytest.mark.parametrize("model", [model.name for model in curves.MODELS])
+def test_a_curve_is_learned_and_repeats(model):
+    first, again = (curves.train_curve(QUIET, "x y", model, (0,), (3e-2,), 100) for _ in range(2))
+    assert first.errors == again.errors
+    assert first.errors[0] < 0.8
+    chosen = curves.train_curve(QUIET, "x y", model, (0,), (1e-7, 3e-2), 60)
+    assert chosen.rate == 3e-2
+
+
+@pytest.mark.parametrize("model", [model.name for model in images.MODELS])
+def test_digits_are_learned(model):
+    generator = np.random.default_rng(0)
+    digits = generator.integers(0, 10, 5000)
+    pixels = generator.integers(0, 60, (5000, 28, 28), dtype=np.uint8)
+    for digit in range(10):  # a bright bar whose place is the digit
+        pixels[digits == digit, 2 + 2 * digit : 5 + 2 * digit] += 180
+    found = images.learn(QUIET, model, pixels.reshape(5000, 784), digits, (0,), (1e-2,), 30)
+    assert found.accuracies[0] > 60
+    assert len(found.curves[0]) == images.CURVE_POINTS
+    assert found.curves[0][-1] == found.accuracies[0]
+
+
+def test_splits_do_not_overlap_and_follow_the_seed():
+    train, test = images.split(5000, 3)
+    assert (len(train), len(test)) == (images.TRAIN, 1000)
+    assert len(torch.cat((train, test)).unique()) == 5000
+    assert not torch.equal(test, images.split(5000, 4)[1])
+
+
+def test_a_formula_is_read():
+    reading = curves.read_formula(QUIET, 0, 20)
+    assert "exp(" in reading.formula
+    assert "sin(" in reading.formula or "cos(" in reading.formula
+    assert reading.r2 > 0.99
+    assert reading.formula_error < 0.05
