@@ -95,10 +95,12 @@ def install(session: nox.Session, names: Iterable[str], *more: str, sanitized: b
 
 
 def pytest(session: nox.Session, name: str, *args: str, **env: str) -> None:
-    """Run pytest on a copy of the package without its sources, far from the source tree."""
+    """Run pytest on a copy of the package's tests, examples and benchmarks, far from the source tree."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / name
-        shutil.copytree(PACKAGES[name], copy, ignore=shutil.ignore_patterns("src", "build", "dist", "__pycache__"))
+        copy.mkdir()
+        for part in {"tests", "examples", "benchmarks"} & {entry.name for entry in PACKAGES[name].iterdir()}:
+            shutil.copytree(PACKAGES[name] / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         with session.chdir(copy):
             session.run("python", "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(copy), *(args or ["tests"]), env=env)
 
@@ -135,7 +137,7 @@ def test(session: nox.Session, package: str) -> None:
 @nox.session
 def integration(session: nox.Session) -> None:
     """The rules of the house and what crosses packages, against all wheels. Arguments go to pytest."""
-    install(session, PACKAGES, "pytest")
+    install(session, PACKAGES, *groups(PACKAGES, "test"))
     session.run("python", "-m", "pytest", *(session.posargs or ["tests-integration"]))
 
 
