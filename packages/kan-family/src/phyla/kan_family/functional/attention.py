@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from phyla.shared import checks
+from phyla.shared.kernels import Kernel
 
 Projection = Literal["none", "hidden", "output"]
 
@@ -171,20 +172,20 @@ def _hidden(
     q: Tensor, k: Tensor, coef: Tensor, padding: Tensor | None, basis: Callable[[Tensor], Tensor], base: str | None, scale: float
 ) -> Tensor:
     """The hidden units `Phi` of every query, `(B, h, n, r)`, without the basis values of more than one tile of rows."""
-    if _is_fourier(basis):
-        return _fourier_hidden(q, k, coef, padding, base or "none", scale)
+    from phyla.kan_family.bases import BasisFunction, Fourier  # bases are made of functions of this folder
+
+    if isinstance(basis, BasisFunction) and isinstance(basis.spec, Fourier):
+        out: Tensor = _fourier_hidden(q, k, coef, padding, base or "none", scale)
+        return out
 
     def tile(rows: Tensor) -> Tensor:
-        return _contract(rows @ k.mT * scale, coef, padding, basis, base).to(q.dtype)
+        scores = rows @ k.mT * scale
+        if isinstance(basis, BasisFunction) and padding is None:  # the native contraction of the linear layers
+            hidden = torch.stack([basis.linear(a, c) for a, c in zip(scores.unbind(1), coef.unbind(0), strict=True)], dim=1)
+            return hidden if base is None else hidden + _base_sum(scores, padding, base)
+        return _contract(scores, coef, padding, basis, base).to(q.dtype)
 
     return _over_rows(tile, q)
-
-
-def _is_fourier(basis: Callable[[Tensor], Tensor]) -> bool:
-    """Whether `basis` is the package's Fourier basis."""
-    from phyla.kan_family.bases import BasisFunction, Fourier  # bases itself is made of functions of this folder
-
-    return isinstance(basis, BasisFunction) and isinstance(basis.spec, Fourier)
 
 
 def _contract(scores: Tensor, coef: Tensor, padding: Tensor | None, basis: Callable[[Tensor], Tensor], base: str | None) -> Tensor:
@@ -206,7 +207,7 @@ def _base_sum(scores: Tensor, padding: Tensor | None, base: str) -> Tensor:
     return values.sum(-1, keepdim=True)
 
 
-def _fourier_hidden(q: Tensor, k: Tensor, coef: Tensor, padding: Tensor | None, base: str, scale: float) -> Tensor:
+def _fourier_composite(q: Tensor, k: Tensor, coef: Tensor, padding: Tensor | None, base: str, scale: float) -> Tensor:
     """`Phi` for the basis `cos A .. cos GA, sin A .. sin GA`, one frequency after the other by the rotation by `A`."""
     scores = q @ k.mT * scale
     cos_1, sin_1 = scores.cos(), scores.sin()
@@ -219,6 +220,15 @@ def _fourier_hidden(q: Tensor, k: Tensor, coef: Tensor, padding: Tensor | None, 
         cos_m, sin_m = cos_m * cos_1 - sin_m * sin_1, sin_m * cos_1 + cos_m * sin_1
         hidden = hidden + cos_m @ a + sin_m @ b
     return hidden if base == "none" else hidden + _base_sum(scores, padding, base)
+
+
+_fourier_hidden = Kernel(
+    "phyla_kan_family::attention_fourier(Tensor q, Tensor k, Tensor coef, Tensor? padding, str base, float scale) -> Tensor",
+    _fourier_composite,
+    differentiable=("q", "k", "coef"),
+    fake=lambda q, k, coef, padding, base, scale: q.new_empty((*q.shape[:3], coef.shape[1])),
+    autocast=("q", "k"),
+)
 
 
 def _weights(hidden: Tensor, proj: Tensor, padding: Tensor | None, projection: Projection) -> Tensor:
