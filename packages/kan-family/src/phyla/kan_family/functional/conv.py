@@ -7,6 +7,7 @@ kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from phyla.kan_family.functional.basis import activate, evaluate
 from phyla.shared import checks
+from phyla.shared.kernels import Kernel
 
 _TILE_ELEMENTS = 1 << 22  # of basis values: 16 MiB of float32
 
@@ -60,6 +62,25 @@ def _basis_conv_composite(
     return torch.cat(tiles)
 
 
+def _basis_conv_fake(x: Tensor, coef: Tensor, *rest: Any) -> Tensor:
+    stride, padding, dilation = rest[7:10]
+    sizes = [
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(x.shape[2:], coef.shape[3:], stride, padding, dilation, strict=True)
+    ]
+    return x.new_empty(x.shape[0], coef.shape[0], *sizes)
+
+
+_basis_conv = Kernel(
+    "phyla_kan_family::basis_conv(Tensor x, Tensor coef, Tensor? base_weight, Tensor? first, Tensor? second, str kind, str base, "
+    "int[] ints, float[] floats, int[] stride, int[] padding, int[] dilation, int groups, bool pad_input) -> Tensor",
+    _basis_conv_composite,
+    differentiable=("x", "coef", "base_weight", "first", "second"),
+    fake=_basis_conv_fake,
+    autocast=("x", "coef", "base_weight"),
+)
+
+
 def basis_conv(
     x: Tensor,
     coef: Tensor,
@@ -93,4 +114,5 @@ def basis_conv(
     """
     checks.floating("x", x)
     lists = [list(v) for v in (ints, floats, stride, padding, dilation)]
-    return _basis_conv_composite(x, coef, base_weight, first, second, kind, base, *lists, groups, pad_input)
+    y: Tensor = _basis_conv(x, coef, base_weight, first, second, kind, base, *lists, groups, pad_input)
+    return y

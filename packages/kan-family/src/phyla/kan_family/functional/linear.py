@@ -46,8 +46,8 @@ def _basis_linear_composite(
 
 
 _basis_linear = Kernel(
-    "phyla_kan_family::basis_linear(Tensor x, Tensor coef, Tensor? base_weight, Tensor? first, Tensor? second, str kind, str base, int[] ints, "
-    "float[] floats) -> Tensor",
+    "phyla_kan_family::basis_linear(Tensor x, Tensor coef, Tensor? base_weight, Tensor? first, Tensor? second, str kind, str base, "
+    "int[] ints, float[] floats) -> Tensor",
     _basis_linear_composite,
     differentiable=("x", "coef", "base_weight", "first", "second"),
     fake=lambda x, coef, *_: x.new_empty(x.shape[0], coef.shape[0]),

@@ -115,24 +115,6 @@ Gradients<T> backward(const Problem<T>& p, const Tensor& grad, int64_t needs) {
   return d;
 }
 
-// The gradient of a parameter from its value for every input and function: summed over the inputs where they share it.
-template <class T>
-Tensor parameter_gradient(const std::optional<Tensor>& parameter, const std::vector<double>& sums, int64_t functions) {
-  if (sums.empty()) return phyla::unwanted<T>();
-  Tensor result = phyla::empty<T>(phyla::sizes_of(*parameter));
-  T* out = phyla::mutable_data<T>(result);
-  if (parameter->dim() == 2) {
-    for (size_t j = 0; j < sums.size(); ++j) out[j] = T(sums[j]);
-    return result;
-  }
-  for (int64_t k = 0; k < functions; ++k) {
-    double sum = 0;
-    for (size_t j = k; j < sums.size(); j += functions) sum += sums[j];
-    out[k] = T(sum);
-  }
-  return result;
-}
-
 Tensor basis_linear(const Tensor& x, const Tensor& coef, const std::optional<Tensor>& base_weight, const std::optional<Tensor>& first,
                     const std::optional<Tensor>& second, const std::string& kind, const std::string& base, const std::vector<int64_t>& ints,
                     const std::vector<double>& floats) {

@@ -87,6 +87,24 @@ void pullback(const BasisArguments<double>& a, int64_t begin, int64_t inputs, in
 void activation(Activation kind, int64_t samples, const float* x, float* value, float* slope);
 void activation(Activation kind, int64_t samples, const double* x, double* value, double* slope);
 
+// The gradient of a parameter from its value for every input and function: summed over the inputs where they share it.
+template <class T>
+Tensor parameter_gradient(const std::optional<Tensor>& parameter, const std::vector<double>& sums, int64_t functions) {
+  if (sums.empty()) return phyla::unwanted<T>();
+  Tensor result = phyla::empty<T>(phyla::sizes_of(*parameter));
+  T* out = phyla::mutable_data<T>(result);
+  if (parameter->dim() == 2) {
+    for (size_t j = 0; j < sums.size(); ++j) out[j] = T(sums[j]);
+    return result;
+  }
+  for (int64_t k = 0; k < functions; ++k) {
+    double sum = 0;
+    for (size_t j = k; j < sums.size(); j += functions) sum += sums[j];
+    out[k] = T(sum);
+  }
+  return result;
+}
+
 inline int64_t whole_vectors(int64_t samples) { return (samples + 15) / 16 * 16; }
 
 }  // namespace kan
