@@ -19,7 +19,11 @@ _DEFAULT_BASIS = Fourier(3)
 
 
 class SoftmaxAttention(nn.Module):
-    """Multi-head self-attention, `(B, N, dim)` to `(B, N, dim)`; `qkv` packs queries, keys and values in that order, heads inside."""
+    """Multi-head self-attention, `(B, N, dim)` to `(B, N, dim)`; `qkv` packs queries, keys and values in that order, heads inside.
+
+    torch's fused attention has neither forward-mode nor second derivatives on the CPU; for these, call it within
+    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    """
 
     def __init__(
         self,
