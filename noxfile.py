@@ -35,7 +35,10 @@ def found(version: str) -> bool:
 
 
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
-PYTHONS = [RUNNING, *(version for version in ("3.12", "3.13") if version != RUNNING and found(version))]
+OTHERS = [version for version in ("3.12", "3.13") if version != RUNNING and found(version)]
+TESTS = {package: (None, package) for package in PACKAGES} | {
+    f"{package}-{version}": (version, package) for version in OTHERS for package in PACKAGES
+}
 
 
 def needs(name: str) -> list[str]:
@@ -126,8 +129,8 @@ def types(session: nox.Session) -> None:
             session.run("python", consumer)
 
 
-@nox.session(python=PYTHONS)
-@nox.parametrize("package", list(PACKAGES), ids=list(PACKAGES))
+@nox.session
+@nox.parametrize(["python", "package"], list(TESTS.values()), ids=list(TESTS))
 def test(session: nox.Session, package: str) -> None:
     """The package's tests against its wheel alone: no other phyla package can be imported. Arguments go to pytest."""
     install(session, [package], *groups([package], "test"))
