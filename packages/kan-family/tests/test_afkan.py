@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from phyla.kan_family.afkan import AFKAN, AFKANLinear
 from phyla.kan_family.bases import ActivationPair
 from phyla.kan_family.functional import afkan as functional
 from phyla.kan_family.functional.basis import ACTIVATIONS, COMBINATIONS
+from phyla.shared.testing import check_kernel, check_module
 
 GOLDEN = Path(__file__).parent / "golden"
 REDUCTIONS = ("global", "spatial", "multistep")
@@ -278,13 +280,58 @@ def test_bytes_kept_for_backward(reduction: str) -> None:
     assert total <= 10 * x.numel() * 4
 
 
-def test_gradients_by_finite_differences() -> None:
+@pytest.mark.parametrize(("activation", "combine"), [("silu", "quad1"), ("softplus", "sum_prod"), ("tanh", "cubic1"), ("gelu", "quad2")])
+def test_sums_battery(activation: str, combine: str) -> None:
+    torch.manual_seed(1)
+    x, low, width, weight = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 5), (4,), (4,), (4,)))
+    check_kernel(functional._sums, x, low, low + width, weight, activation, combine, reference=oracle_sums)
+
+
+def test_spatial_battery() -> None:
+    torch.manual_seed(1)
+    low = torch.linspace(-1, 0.8, 4, dtype=torch.float64)
+    x, weight = torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 1, 3, dtype=torch.float64)
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (1.5, -0.2, 1.7)]
+    check_kernel(functional._spatial, x, low, low + 0.9, weight, torch.randn_like(low), *scalars, "silu", "quad1")
+
+
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     torch.manual_seed(0)
-    for reduction in REDUCTIONS:
-        layer = AFKANLinear(4, 2, reduction=reduction, feature_norm="batch", dtype=torch.float64)
-        x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(layer, x)
-        assert torch.autograd.gradgradcheck(layer, x)
+    layer = AFKANLinear(300, 5)
+    x = torch.randn(200, 300)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            leaf = x.clone().requires_grad_()
+            sums = functional.afkan_sums(leaf, layer.basis.low, layer.basis.high, layer.score.weight[0])
+            results.append(
+                [*sums, *torch.autograd.grad([s.sum() for s in sums], [leaf, layer.basis.low, layer.basis.high, layer.score.weight])]
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_layer_battery(reduction: str) -> None:
+    torch.manual_seed(0)
+    check_module(lambda: AFKANLinear(6, 3, reduction=reduction), torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_training_mode_compiles(reduction: str) -> None:
+    """The running values are updated inside the graph."""
+    torch.manual_seed(0)
+    layer, x = AFKANLinear(6, 3, reduction=reduction), torch.randn(5, 6)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for scale in (1.0, 2.0):
+        close(compiled(scale * x), layer(scale * x), 1e-6)
+    compiled(x).sum().backward()
+    layer(x)
+    close(twin.running_high, layer.running_high, 1e-6)
+    assert int(twin.num_batches) == 3
 
 
 def test_low_precision_and_autocast() -> None:

@@ -139,9 +139,9 @@ def afkan_global(
     Source: "AF-KAN", global attention.
     """
     inverse = _inverse_span(smallest, largest)
-    sharpness = temperature.clamp(min=1).reciprocal()
-    offset = (score_bias - smallest * inverse * score_weight.sum()) * sharpness
-    attention = torch.addcmul(offset, sums.score, inverse * sharpness).softmax(-1)
+    # A softmax over the inputs is blind to b_s and to the shift by `smallest`; the bias keeps a gradient, of exactly 0.
+    scale = inverse / temperature.clamp(min=1) + 0 * score_bias.sum()
+    attention = (sums.score * scale).softmax(-1)
     return attention * (sums.total - score_weight.numel() * smallest) * inverse
 
 
