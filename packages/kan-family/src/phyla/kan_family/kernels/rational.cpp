@@ -72,19 +72,28 @@ PHYLA_INLINE void store(scalar* to, const Vec<scalar>& v, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = v[i];
 }
 
+// body(at, count) for every vector of a piece; count is the constant width but for the tail.
+template <class scalar, class Body>
+PHYLA_INLINE void each_vector(int64_t size, const Body& body) {
+  constexpr int64_t width = Simd<scalar>::width;
+  const int64_t whole = size - size % width;
+  for (int64_t at = 0; at < whole; at += width) body(at, width);
+  if (whole < size) body(whole, size - whole);
+}
+
 template <bool abs_sum, class scalar, class Degree>
 PHYLA_INLINE void forward_piece(const scalar* x, scalar* y, int64_t size, const scalar* a, Degree degree) {
   using V = Vec<scalar>;
   const scalar* b = a + degree.m + 1;
-  for (int64_t at = 0; at < size; at += Simd<scalar>::width) {
-    const V X = load(x + at, size - at), U = abs_sum ? X : absolute(X);
+  each_vector<scalar>(size, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+    const V X = load(x + at, count), U = abs_sum ? X : absolute(X);
     V P = V{} + a[degree.m], A = V{} + b[degree.n];
 #pragma GCC unroll 8
     for (int i = degree.m - 1; i >= 0; --i) P = P * X + a[i];
 #pragma GCC unroll 8
     for (int i = degree.n - 1; i >= 0; --i) A = A * U + b[i];
-    store(y + at, P / (abs_sum ? absolute(A) + 1 : A), size - at);
-  }
+    store(y + at, P / (abs_sum ? absolute(A) + 1 : A), count);
+  });
 }
 
 // sums (m + 1 + n) receives w x^i and -w y u^i [sign A], the gradients of a_i and of |b_i| (of b_i for abs_sum).
@@ -92,8 +101,8 @@ template <bool abs_sum, bool want_sums, class scalar, class Degree>
 PHYLA_INLINE void backward_piece(const scalar* grad, const scalar* x, scalar* dx, int64_t size, const scalar* a, Lanes<scalar>* sums, Degree degree) {
   using V = Vec<scalar>;
   const scalar* b = a + degree.m + 1;
-  for (int64_t at = 0; at < size; at += Simd<scalar>::width) {
-    const V X = load(x + at, size - at), U = abs_sum ? X : absolute(X);
+  each_vector<scalar>(size, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+    const V X = load(x + at, count), U = abs_sum ? X : absolute(X);
     V P = V{} + a[degree.m], dP{}, A = V{} + b[degree.n], dA{};
 #pragma GCC unroll 8
     for (int i = degree.m - 1; i >= 0; --i) {
@@ -107,8 +116,8 @@ PHYLA_INLINE void backward_piece(const scalar* grad, const scalar* x, scalar* dx
     }
     // Never Q^2: it overflows float32 where P / Q does not.
     const V inverse = 1 / (abs_sum ? absolute(A) + 1 : A), S = sign(abs_sum ? A : X);
-    const V w = load(grad + at, size - at) * inverse, y = P * inverse;
-    if (dx) store(dx + at, w * (dP - y * (S * dA)), size - at);
+    const V w = load(grad + at, count) * inverse, y = P * inverse;
+    if (dx) store(dx + at, w * (dP - y * (S * dA)), count);
     if constexpr (want_sums) {
       V t = w;
       sums[0].v += t;
@@ -119,7 +128,7 @@ PHYLA_INLINE void backward_piece(const scalar* grad, const scalar* x, scalar* dx
 #pragma GCC unroll 8
       for (int i = 1; i <= degree.n; ++i) sums[degree.m + i].v += (t *= U);
     }
-  }
+  });
 }
 
 template <bool abs_sum, class scalar, class Degree>
