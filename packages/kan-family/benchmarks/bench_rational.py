@@ -1,0 +1,78 @@
+"""Group-rational activation against the published torch path, the plain formula, torch.compile and SiLU.
+
+Run: python benchmarks/bench_rational.py [--threads 2]
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from phyla.kan_family.functional.rational import _rational, rational
+from phyla.kan_family.rational import GroupRational
+from phyla.shared.bench import Case, main
+
+Activation = Callable[[Tensor, Tensor, Tensor], Tensor]
+Step = Callable[[], object]
+
+
+def published(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The formula of the released layer's torch path: a copy for each group, stacked powers, two batched products.
+
+    With |x| in the denominator; the released path has signed powers there, which is wrong for negative x.
+    """
+    B, N, D = x.shape
+    groups, m, n = denominator.shape[0], numerator.shape[1] - 1, denominator.shape[1]
+    z = x.view(B, N, groups, D // groups).permute(2, 0, 1, 3).contiguous().view(groups, -1)
+    powers = torch.stack([z**i for i in range(m + 1)], dim=2)
+    p = torch.bmm(powers, numerator.expand(groups, -1).unsqueeze(2)).squeeze(2)
+    q = 1 + torch.bmm(powers[..., 1 : n + 1].abs(), denominator.abs().unsqueeze(2)).squeeze(2)
+    return (p / q).view(groups, B, N, D // groups).permute(1, 2, 0, 3).contiguous().view(B, N, D)
+
+
+def formula(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The package's own composite, run eagerly."""
+    y: Tensor = _rational.plain(x, numerator, denominator, "sum_abs", -1)
+    return y
+
+
+def step(act: Activation, shape: tuple[int, ...], backward: bool) -> Step:
+    torch.manual_seed(0)
+    layer = GroupRational()
+    x, grad = torch.randn(shape).requires_grad_(), torch.randn(shape)
+    leaves = (x, layer.numerator, layer.denominator)
+
+    def forward_only() -> object:
+        with torch.no_grad():
+            return act(*leaves)
+
+    def both() -> object:
+        return torch.autograd.grad(act(*leaves), leaves, grad, allow_unused=True)
+
+    return both if backward else forward_only
+
+
+def case(shape: tuple[int, ...], backward: bool, peers: dict[str, Activation], target: float) -> Case:
+    name = f"{' x '.join(map(str, shape))}, forward{' + backward' if backward else ''}"
+    elements = torch.Size(shape).numel()
+    contestants: dict[str, Activation] = {"phyla": rational, **peers, "silu": lambda x, numerator, denominator: F.silu(x)}
+    return Case(
+        f"group rational, {name}",
+        {label: partial(step, act, shape, backward) for label, act in contestants.items()},
+        flops=elements * (65.0 if backward else 20.0),
+        bytes=elements * (20.0 if backward else 8.0),  # x, y; and grad, x, dx
+        target=target,
+    )
+
+
+CASES = [
+    case((8, 197, 768), False, {"published torch path": published}, 8.0),
+    case((8, 197, 768), True, {"published torch path": published}, 6.0),
+    case((4096, 768), False, {"formula, eager": formula, "formula, compiled": torch.compile(formula)}, 20.0),
+    case((4096, 768), True, {"formula, eager": formula, "formula, compiled": torch.compile(formula)}, 20.0),
+]
+
+if __name__ == "__main__":
+    main(CASES)
