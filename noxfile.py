@@ -173,16 +173,16 @@ def bench(session: nox.Session) -> None:
         session.run("python", str(script), *session.posargs)
 
 
-@nox.session(venv_backend="venv")
+@nox.session(venv_backend="none")
 def build(session: nox.Session) -> None:
     """All wheels and sdists into dist/; then each of them, alone, into an empty environment with plain pip."""
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
-    session.run("uv", "build", "--all-packages", "--out-dir", str(ROOT / "dist"), "--python", sys.executable, external=True)
+    session.run("uv", "build", "--all-packages", "--out-dir", str(ROOT / "dist"), "--python", sys.executable)
     for name in PACKAGES:
         with tempfile.TemporaryDirectory() as temporary, session.chdir(temporary):
-            session.run(sys.executable, "-m", "venv", "env", external=True)
+            session.run(sys.executable, "-m", "venv", "env")
             python = str(Path(temporary) / "env" / "bin" / "python")
-            session.run(python, "-m", "pip", "install", "--quiet", "--find-links", str(ROOT / "dist"), f"phyla-{name}", external=True)
-            session.run(python, "-c", f"import phyla.{name.replace('-', '_')}", external=True)
+            session.run(python, "-m", "pip", "install", "--quiet", "--find-links", str(ROOT / "dist"), f"phyla-{name}")
+            session.run(python, "-c", f"import phyla.{name.replace('-', '_')}")
             for command in PROJECTS[name]["project"].get("scripts", {}):
-                session.run(str(Path(python).parent / command), "list", external=True)
+                session.run(str(Path(python).parent / command), "list")
