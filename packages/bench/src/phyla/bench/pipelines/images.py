@@ -85,7 +85,7 @@ def vit(mlp: Literal["grkan", "mlp"]) -> nn.Module:
 
 
 MODELS = (
-    Model("MLP", lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)), 3e-3, baseline=True),
+    Model("MLP", lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 65), nn.ReLU(), nn.Linear(65, 10)), 1e-2, baseline=True),
     Model("KAN, B-spline", lambda: kan(7, BSpline()), 1e-2),
     Model("KAN, RBF", lambda: kan(7, RBF()), 1e-2),
     Model("KAN, Chebyshev", lambda: kan(13, Chebyshev(), base=None), 1e-2),
