@@ -1,13 +1,19 @@
 // y_o = sum_ik c_oik B_k(x_i) + sum_i w_oi b(x_i): tiles of basis values that stay in L2, and a GEMM each.
-#include "basis_tile.h"
+#include "bspline_local.h"
 
 namespace kan {
 namespace {
 
 // Rows of a tile, and inputs of a block: a tile of values takes about 128 KiB.
 constexpr int64_t kRows = 128;
-int64_t block_inputs(int64_t inputs, int64_t functions) {
-  return std::clamp<int64_t>(256 / functions, 1, std::max<int64_t>(1, (inputs + 7) / 8));
+// With gathered coefficients, the coefficients of a block take it instead.
+int64_t block_inputs(int64_t inputs, int64_t functions, int64_t outputs, bool local) {
+  const int64_t most = local ? (1 << 15) / (functions * outputs) : 256 / functions;
+  return std::clamp<int64_t>(most, 1, std::max<int64_t>(1, (inputs + 7) / 8));
+}
+// Gathering pays where few of the functions are not zero and the inner loops over the outputs are long enough.
+bool gathers(const std::string& kind, const std::vector<int64_t>& ints, int64_t functions, int64_t outputs) {
+  return kind == "bspline" && 2 * functions > 5 * (ints[0] + 1) && outputs >= 8;
 }
 
 // to (cols, ld) = from (rows, cols; row stride stride)^T; columns beyond `rows` up to whole vectors are zero.
@@ -26,13 +32,19 @@ struct Problem {
   bool has_base;
   Activation base;
   BasisArguments<T> basis;
+  std::optional<LocalCoefficients<T>> local;  // where coefficients are gathered
 
   Problem(const Tensor& x, const Tensor& coef, const std::optional<Tensor>& base_weight, const std::optional<Tensor>& first,
           const std::optional<Tensor>& second, const std::string& kind, const std::string& base, const std::vector<int64_t>& ints,
           const std::vector<double>& floats)
-      : rows(x.size(0)), inputs(x.size(1)), outputs(coef.size(0)), functions(coef.size(2)), block(block_inputs(inputs, functions)),
+      : rows(x.size(0)), inputs(x.size(1)), outputs(coef.size(0)), functions(coef.size(2)),
+        block(block_inputs(inputs, functions, outputs, gathers(kind, ints, functions, outputs))),
         x(phyla::dense(x)), coef(phyla::dense(coef)), base_weight(base_weight ? phyla::dense(*base_weight) : Tensor()),
-        has_base(base_weight.has_value()), base(activation_of(base)), basis(basis_arguments<T>(kind, ints, floats, first, second)) {}
+        has_base(base_weight.has_value()), base(activation_of(base)), basis(basis_arguments<T>(kind, ints, floats, first, second)) {
+    if (!gathers(kind, ints, functions, outputs)) return;
+    local.emplace(inputs, functions, outputs, ints[0]);
+    phyla::parallel_units(inputs, [&](int64_t i) { local->take(i, inputs, phyla::data<T>(this->coef)); });
+  }
 
   int64_t blocks() const { return (inputs + block - 1) / block; }
   const T* x_at(int64_t row, int64_t input) const { return phyla::data<T>(x) + row * inputs + input; }
@@ -50,8 +62,12 @@ Tensor forward(const Problem<T>& p) {
     for (int64_t i = 0; i < p.inputs; i += p.block) {
       const int64_t n = std::min(p.block, p.inputs - i);
       transpose(p.x_at(row, i), rows, n, p.inputs, x.data(), kRows);
-      evaluate(p.basis, i, n, whole_vectors(rows), x.data(), phi.data(), kRows);
-      phyla::gemm<T>(out, p.outputs, phi.data(), kRows, true, p.coef_at(i), p.inputs * p.functions, true, rows, p.outputs, n * p.functions, T(i > 0));
+      if (p.local) {
+        local_forward(p.basis, *p.local, i, n, rows, x.data(), kRows, out);
+      } else {
+        evaluate(p.basis, i, n, whole_vectors(rows), x.data(), phi.data(), kRows);
+        phyla::gemm<T>(out, p.outputs, phi.data(), kRows, true, p.coef_at(i), p.inputs * p.functions, true, rows, p.outputs, n * p.functions, T(1));
+      }
       if (!p.has_base) continue;
       activation(p.base, n * kRows, x.data(), phi.data(), nullptr);
       phyla::gemm<T>(out, p.outputs, phi.data(), kRows, true, phyla::data<T>(p.base_weight) + i, p.inputs, true, rows, p.outputs, n, T(1));
@@ -79,6 +95,8 @@ Gradients<T> backward(const Problem<T>& p, const Tensor& grad, int64_t needs) {
   if (p.rows == 0 || p.outputs == 0 || p.inputs == 0) return d;
   const T* g = phyla::data<T>(grad);
   T *d_coef = need_coef ? phyla::mutable_data<T>(d.coef) : nullptr, *d_base = need_base ? phyla::mutable_data<T>(d.base_weight) : nullptr;
+  std::optional<LocalCoefficients<T>> d_local;
+  if (p.local && need_coef) d_local.emplace(p.inputs, p.functions, p.outputs, p.local->order);
   T* d_x = need_x ? phyla::mutable_data<T>(d.x) : nullptr;
 
   // A thread owns the inputs of a block: nothing is summed across threads.
@@ -89,7 +107,9 @@ Gradients<T> backward(const Problem<T>& p, const Tensor& grad, int64_t needs) {
       const int64_t rows = std::min(kRows, p.rows - row), padded = whole_vectors(rows);
       const T* g_tile = g + row * p.outputs;
       transpose(p.x_at(row, i), rows, n, p.inputs, x.data(), kRows);
-      if (need_coef) {
+      if (p.local)
+        local_backward(p.basis, *p.local, i, n, rows, x.data(), kRows, g_tile, d_local ? &*d_local : nullptr, need_x ? dx.data() : nullptr);
+      if (need_coef && !p.local) {
         evaluate(p.basis, i, n, padded, x.data(), tile.data(), kRows);
         phyla::gemm<T>(d_coef + i * p.functions, p.inputs * p.functions, g_tile, p.outputs, true, tile.data(), kRows, true, p.outputs, width, rows,
                        T(row > 0));
@@ -97,11 +117,12 @@ Gradients<T> backward(const Problem<T>& p, const Tensor& grad, int64_t needs) {
       if (p.has_base && (need_base || need_x)) activation(p.base, n * kRows, x.data(), tile.data(), slope.data());
       if (need_base)
         phyla::gemm<T>(d_base + i, p.inputs, g_tile, p.outputs, true, tile.data(), kRows, true, p.outputs, n, rows, T(row > 0));
-      if (!need_t) continue;
-      phyla::gemm<T>(tile.data(), kRows, p.coef_at(i), p.inputs * p.functions, true, g_tile, p.outputs, true, width, rows, p.outputs);
-      for (int64_t c = 0; c < width; ++c) std::fill(tile.data() + c * kRows + rows, tile.data() + c * kRows + padded, T(0));
-      pullback(p.basis, i, n, padded, x.data(), tile.data(), dx.data(), kRows, need_first ? d.first.data() + i * p.functions : nullptr,
-               need_second ? d.second.data() + i * p.functions : nullptr);
+      if (need_t && !p.local) {
+        phyla::gemm<T>(tile.data(), kRows, p.coef_at(i), p.inputs * p.functions, true, g_tile, p.outputs, true, width, rows, p.outputs);
+        for (int64_t c = 0; c < width; ++c) std::fill(tile.data() + c * kRows + rows, tile.data() + c * kRows + padded, T(0));
+        pullback(p.basis, i, n, padded, x.data(), tile.data(), dx.data(), kRows, need_first ? d.first.data() + i * p.functions : nullptr,
+                 need_second ? d.second.data() + i * p.functions : nullptr);
+      }
       if (!need_x) continue;
       if (p.has_base) {
         phyla::gemm<T>(tile.data(), kRows, phyla::data<T>(p.base_weight) + i, p.inputs, true, g_tile, p.outputs, true, n, rows, p.outputs);
@@ -111,6 +132,7 @@ Gradients<T> backward(const Problem<T>& p, const Tensor& grad, int64_t needs) {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < n; ++c) d_x[(row + r) * p.inputs + i + c] = dx[c * kRows + r];
     }
+    for (int64_t c = i; d_local && c < i + n; ++c) d_local->give(c, p.inputs, d_coef);
   });
   return d;
 }

@@ -1,5 +1,12 @@
 #include "basis_tile.h"
 
+// Vectors have 32 bytes: AVX-512 would add nothing but time to compile.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && !defined(PHYLA_NO_CLONES)
+#define KAN_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define KAN_CLONES
+#endif
+
 namespace kan {
 namespace {
 
@@ -49,25 +56,25 @@ PHYLA_INLINE void activation_tile(Activation kind, int64_t samples, const T* x, 
 
 }  // namespace
 
-PHYLA_CLONES void evaluate(const BasisArguments<float>& a, int64_t begin, int64_t inputs, int64_t samples, const float* x, float* phi, int64_t ld) {
+KAN_CLONES void evaluate(const BasisArguments<float>& a, int64_t begin, int64_t inputs, int64_t samples, const float* x, float* phi, int64_t ld) {
   evaluate_tile(a, begin, inputs, samples, x, phi, ld);
 }
-PHYLA_CLONES void evaluate(const BasisArguments<double>& a, int64_t begin, int64_t inputs, int64_t samples, const double* x, double* phi,
+KAN_CLONES void evaluate(const BasisArguments<double>& a, int64_t begin, int64_t inputs, int64_t samples, const double* x, double* phi,
                            int64_t ld) {
   evaluate_tile(a, begin, inputs, samples, x, phi, ld);
 }
-PHYLA_CLONES void pullback(const BasisArguments<float>& a, int64_t begin, int64_t inputs, int64_t samples, const float* x, const float* t,
+KAN_CLONES void pullback(const BasisArguments<float>& a, int64_t begin, int64_t inputs, int64_t samples, const float* x, const float* t,
                            float* dx, int64_t ld, double* d_first, double* d_second) {
   pullback_tile(a, begin, inputs, samples, x, t, dx, ld, d_first, d_second);
 }
-PHYLA_CLONES void pullback(const BasisArguments<double>& a, int64_t begin, int64_t inputs, int64_t samples, const double* x, const double* t,
+KAN_CLONES void pullback(const BasisArguments<double>& a, int64_t begin, int64_t inputs, int64_t samples, const double* x, const double* t,
                            double* dx, int64_t ld, double* d_first, double* d_second) {
   pullback_tile(a, begin, inputs, samples, x, t, dx, ld, d_first, d_second);
 }
-PHYLA_CLONES void activation(Activation kind, int64_t samples, const float* x, float* value, float* slope) {
+KAN_CLONES void activation(Activation kind, int64_t samples, const float* x, float* value, float* slope) {
   activation_tile(kind, samples, x, value, slope);
 }
-PHYLA_CLONES void activation(Activation kind, int64_t samples, const double* x, double* value, double* slope) {
+KAN_CLONES void activation(Activation kind, int64_t samples, const double* x, double* value, double* slope) {
   activation_tile(kind, samples, x, value, slope);
 }
 

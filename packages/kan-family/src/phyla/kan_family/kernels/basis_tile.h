@@ -91,8 +91,9 @@ void activation(Activation kind, int64_t samples, const double* x, double* value
 template <class T>
 Tensor parameter_gradient(const std::optional<Tensor>& parameter, const std::vector<double>& sums, int64_t functions) {
   if (sums.empty()) return phyla::unwanted<T>();
-  Tensor result = phyla::empty<T>(phyla::sizes_of(*parameter));
+  Tensor result = phyla::zeros<T>(phyla::sizes_of(*parameter));
   T* out = phyla::mutable_data<T>(result);
+  if (parameter->size(parameter->dim() - 1) != functions) return result;  // knots are constants
   if (parameter->dim() == 2) {
     for (size_t j = 0; j < sums.size(); ++j) out[j] = T(sums[j]);
     return result;
