@@ -174,6 +174,8 @@ def _hidden(
     """The hidden units `Phi` of every query, `(B, h, n, r)`, without the basis values of more than one tile of rows."""
     from phyla.kan_family.bases import BasisFunction, Fourier  # bases are made of functions of this folder
 
+    if isinstance(basis, BasisFunction):
+        checks.shape("coef", coef, (None, None, basis.in_features, basis.num_basis))
     if isinstance(basis, BasisFunction) and isinstance(basis.spec, Fourier):
         out: Tensor = _fourier_hidden(q, k, coef, padding, base or "none", scale)
         return out
@@ -193,6 +195,8 @@ def _contract(scores: Tensor, coef: Tensor, padding: Tensor | None, basis: Calla
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores, coef = scores.float(), coef.float()
     values = basis(scores)
+    if values.shape[-1] != coef.shape[-1]:
+        raise ValueError(f"coef: expected {values.shape[-1]} basis functions, as basis gives, got {coef.shape[-1]}")
     if padding is not None:
         values = values.masked_fill(padding[:, None, None, :, None], 0)
     hidden = values.flatten(-2) @ coef.flatten(-2).mT
