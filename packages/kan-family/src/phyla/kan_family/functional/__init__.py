@@ -1,17 +1,43 @@
-"""Pure functions of tensors."""
+"""Pure functions of tensors: the bases, their fused contractions, the rational activation, AF-KAN's reductions, learnable attention."""
 
-from phyla.kan_family.functional.basis import activation_pair_basis as activation_pair_basis
-from phyla.kan_family.functional.basis import bspline_basis as bspline_basis
-from phyla.kan_family.functional.basis import chebyshev_basis as chebyshev_basis
-from phyla.kan_family.functional.basis import fourier_basis as fourier_basis
-from phyla.kan_family.functional.basis import jacobi_basis as jacobi_basis
-from phyla.kan_family.functional.basis import rbf_basis as rbf_basis
-from phyla.kan_family.functional.basis import relu_bump_basis as relu_bump_basis
-from phyla.kan_family.functional.basis import rswaf_basis as rswaf_basis
-from phyla.kan_family.functional.basis import wavelet_basis as wavelet_basis
-from phyla.kan_family.functional.linear import bspline_linear as bspline_linear
-from phyla.kan_family.functional.linear import chebyshev_linear as chebyshev_linear
-from phyla.kan_family.functional.linear import fourier_linear as fourier_linear
-from phyla.kan_family.functional.linear import rbf_linear as rbf_linear
-from phyla.kan_family.functional.linear import relu_bump_linear as relu_bump_linear
-from phyla.kan_family.functional.rational import rational as rational
+from phyla.kan_family.functional.afkan import AFKANSums, afkan_global, afkan_multistep, afkan_spatial, afkan_sums
+from phyla.kan_family.functional.attention import learned_attention, learned_attention_weights, simplex_projection
+from phyla.kan_family.functional.basis import (
+    activation_pair_basis,
+    bspline_basis,
+    chebyshev_basis,
+    fourier_basis,
+    jacobi_basis,
+    rbf_basis,
+    relu_bump_basis,
+    rswaf_basis,
+    wavelet_basis,
+)
+from phyla.kan_family.functional.linear import bspline_linear, chebyshev_linear, fourier_linear, rbf_linear, relu_bump_linear
+from phyla.kan_family.functional.rational import rational
+
+__all__ = [
+    "AFKANSums",
+    "activation_pair_basis",
+    "afkan_global",
+    "afkan_multistep",
+    "afkan_spatial",
+    "afkan_sums",
+    "bspline_basis",
+    "bspline_linear",
+    "chebyshev_basis",
+    "chebyshev_linear",
+    "fourier_basis",
+    "fourier_linear",
+    "jacobi_basis",
+    "learned_attention",
+    "learned_attention_weights",
+    "rational",
+    "rbf_basis",
+    "rbf_linear",
+    "relu_bump_basis",
+    "relu_bump_linear",
+    "rswaf_basis",
+    "simplex_projection",
+    "wavelet_basis",
+]
