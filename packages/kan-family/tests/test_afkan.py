@@ -283,16 +283,31 @@ def test_bytes_kept_for_backward(reduction: str) -> None:
 @pytest.mark.parametrize(("activation", "combine"), [("silu", "quad1"), ("softplus", "sum_prod"), ("tanh", "cubic1"), ("gelu", "quad2")])
 def test_sums_battery(activation: str, combine: str) -> None:
     torch.manual_seed(1)
-    x, low, width, weight = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 5), (4,), (4,), (4,)))
+    x, low, width, weight = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 4), (3,), (3,), (3,)))
     check_kernel(functional._sums, x, low, low + width, weight, activation, combine, reference=oracle_sums)
 
 
 def test_spatial_battery() -> None:
     torch.manual_seed(1)
-    low = torch.linspace(-1, 0.8, 4, dtype=torch.float64)
-    x, weight = torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 1, 3, dtype=torch.float64)
-    scalars = [torch.tensor(value, dtype=torch.float64) for value in (1.5, -0.2, 1.7)]
-    check_kernel(functional._spatial, x, low, low + 0.9, weight, torch.randn_like(low), *scalars, "silu", "quad1")
+    x, low, width, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 4), (2,), (2,), (2, 1, 3), (2,)))
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (1.5, -0.2, 1.7)]  # temperature, smallest, largest
+    check_kernel(functional._spatial, x, low, low + width, weight, bias, *scalars, "silu", "quad1")
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu", "softplus"])
+@pytest.mark.parametrize(("temperature", "largest"), [(0.5, 1.7), (1.5, -0.2), (1.0, 3.0)])
+def test_spatial_agrees_with_the_composite_over_many_vectors(activation: str, temperature: float, largest: float) -> None:
+    """Rows longer than a vector, a clamped temperature, features without span."""
+    torch.manual_seed(2)
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((70, 67), (5,), (5,), (5, 1, 3), (5,))]
+    inputs += [torch.tensor(value, dtype=torch.float64) for value in (temperature, -0.2, largest)]
+    results = []
+    for function in (functional._spatial, functional._spatial.plain):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        z = function(*leaves, activation, "quad2")
+        results.append([z, *torch.autograd.grad(z.sin().sum(), leaves)])
+    for mine, other in zip(*results, strict=True):
+        close(mine, other.detach(), 1e-11)
 
 
 def test_sums_do_not_depend_on_the_number_of_threads() -> None:

@@ -74,7 +74,6 @@ def _spatial_composite(
     return ((scores / temperature.clamp(min=1)).softmax(1) * f_BMI).sum(1).reshape(x.shape)
 
 
-# There is no native form: as a Kernel, the composite keeps its arguments alone and computes the features again in backward.
 _spatial = Kernel(
     "phyla_kan_family::afkan_spatial(Tensor x, Tensor low, Tensor high, Tensor weight, Tensor bias, Tensor temperature, Tensor smallest,"
     " Tensor largest, str activation, str combine) -> Tensor",

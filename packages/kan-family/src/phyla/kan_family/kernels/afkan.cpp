@@ -3,10 +3,8 @@
 //
 // Work: per input one exponential, per pair two reciprocals (silu, sigmoid, tanh, softplus: e^{-(x-l)} = e^{-x} e^l) and about 25 flops.
 // Fewest bytes: x in and two sums out. Units of fixed size are added in float64 in their order, so the number of threads does not matter.
-#include "basis_kinds.h"
+#include "afkan_pairs.h"
 
-#include <array>
-#include <limits>
 #include <numeric>
 
 namespace {
@@ -18,79 +16,9 @@ constexpr int64_t kUnit = 1024;
 constexpr int64_t kLow = 0, kHigh = 1, kWeight = 2;  // rows of the accumulators, M each
 
 template <class T>
-struct Pairs {
-  int64_t count;  // M
-  const T *low, *high, *weight;
-  const T *grow, *fall;  // e^low, e^-high; null where one exponential per input cannot serve all
-  Activation activation;
-  ActivationPairKind<T> kind;
-};
-
-template <class T>
 struct Extremes {
   T smallest, largest;
 };
-
-constexpr std::array<const char*, 10> kActivations{"identity", "relu", "leaky_relu", "silu", "sigmoid", "tanh", "gelu", "softplus", "elu", "selu"};
-constexpr std::array<const char*, 7> kCombinations{"quad1", "quad2", "sum", "prod", "sum_prod", "cubic1", "cubic2"};
-
-template <size_t size>
-int64_t index_of(const std::array<const char*, size>& names, const std::string& name) {
-  const auto found = std::find(names.begin(), names.end(), name);
-  STD_TORCH_CHECK(found != names.end(), "phyla: unknown name ", name);
-  return found - names.begin();
-}
-
-// log(1 + y) for y in [0, 1], as 2 artanh(y / (2 + y)).
-template <class T>
-PHYLA_INLINE Vec<T> log1p_unit(Vec<T> y) {
-  constexpr int terms = std::is_same_v<T, float> ? 8 : 17;
-  const Vec<T> s = y / (T(2) + y), square = s * s;
-  Vec<T> p = fill<T>(T(1) / (2 * terms - 1));
-#pragma GCC unroll 17
-  for (int j = terms - 2; j >= 0; --j) p = p * square + T(1) / (2 * j + 1);
-  return T(2) * s * p;
-}
-
-// s(t) and s'(t), given e^-t.
-template <class T>
-PHYLA_INLINE Curve<T> activate_by_decay(Activation activation, Vec<T> t, Vec<T> decay) {
-  if (activation == Activation::tanh) {
-    const Vec<T> s = T(1) / (T(1) + decay * decay);
-    return {T(2) * s - T(1), T(4) * s * (T(1) - s)};
-  }
-  const Vec<T> s = T(1) / (T(1) + decay);
-  if (activation == Activation::silu) return {t * s, s * (T(1) + t * (T(1) - s))};
-  if (activation == Activation::sigmoid) return {s, s * (T(1) - s)};
-  const Vec<T> softplus = positive_part<T>(t) + log1p_unit<T>(t > T(0) ? decay : T(1) / decay);
-  return {softplus, s};
-}
-
-// The two halves of pair m. `decay` is e^-x.
-template <bool shared, class T>
-PHYLA_INLINE void halves(const Pairs<T>& p, int64_t m, Vec<T> x, Vec<T> decay, Vec<T> rise, Curve<T>& u, Curve<T>& v) {
-  if constexpr (shared) {
-    u = activate_by_decay<T>(p.activation, x - p.low[m], decay * p.grow[m]);
-    v = activate_by_decay<T>(p.activation, p.high[m] - x, rise * p.fall[m]);
-  } else {
-    u = activate<T>(p.activation, x - p.low[m]);
-    v = activate<T>(p.activation, p.high[m] - x);
-  }
-}
-
-// A vector, of which `size` elements exist; the others repeat the first, or are 0.
-template <class T>
-PHYLA_INLINE Vec<T> load_some(const T* from, int64_t size, bool repeat) {
-  if (size >= Lanes<T>::count) return load(from);
-  Vec<T> v = fill<T>(repeat ? from[0] : T(0));
-  for (int64_t l = 0; l < size; ++l) v[l] = from[l];
-  return v;
-}
-template <class T>
-PHYLA_INLINE void store_some(T* to, Vec<T> v, int64_t size) {
-  if (size >= Lanes<T>::count) return store(to, v);
-  for (int64_t l = 0; l < size; ++l) to[l] = v[l];
-}
 
 // Running extremes of vectors; NaN is remembered.
 template <class T>
@@ -116,7 +44,7 @@ struct Range {
 };
 
 template <bool shared, class T>
-PHYLA_INLINE Extremes<T> forward_unit(const Pairs<T>& p, const T* x, int64_t size, T* total, T* score) {
+PHYLA_INLINE Extremes<T> forward_unit(const Pairs<T>& p, const T* weight, const T* x, int64_t size, T* total, T* score) {
   constexpr int64_t L = Lanes<T>::count;
   Range<T> range;
   for (int64_t at = 0; at < size; at += L) {
@@ -128,7 +56,7 @@ PHYLA_INLINE Extremes<T> forward_unit(const Pairs<T>& p, const T* x, int64_t siz
       halves<shared>(p, m, X, decay, rise, u, v);
       const Vec<T> f = p.kind.combined(u.value, v.value).value;
       sum += f;
-      weighted += p.weight[m] * f;
+      weighted += weight[m] * f;
       range.see(f);
     }
     store_some(total + at, sum, size - at);
@@ -151,7 +79,7 @@ struct Pulled {
 
 // Passes over one unit share this one function, so that equal features are equal bit for bit.
 template <bool shared, class T>
-PHYLA_INLINE Pulled<T> backward_unit(const Pairs<T>& p, const T* x, int64_t size, const Pull<T>& pull, T* sums) {
+PHYLA_INLINE Pulled<T> backward_unit(const Pairs<T>& p, const T* weight, const T* x, int64_t size, const Pull<T>& pull, T* sums) {
   constexpr int64_t L = Lanes<T>::count;
   Range<T> range;
   Pulled<T> result{};
@@ -173,7 +101,7 @@ PHYLA_INLINE Pulled<T> backward_unit(const Pairs<T>& p, const T* x, int64_t size
       const Int<T> is_smallest = (f.value == pull.at.smallest) & exists, is_largest = (f.value == pull.at.largest) & exists;
       smallest -= is_smallest;
       largest -= is_largest;
-      Vec<T> g = by_total + p.weight[m] * by_score;
+      Vec<T> g = by_total + weight[m] * by_score;
       g += (is_smallest ? fill<T>(pull.share.smallest) : Vec<T>{}) + (is_largest ? fill<T>(pull.share.largest) : Vec<T>{});
       const Vec<T> by_low = g * f.by_u * u.slope, by_high = g * f.by_v * v.slope;
       slope += by_low - by_high;
@@ -194,48 +122,32 @@ PHYLA_INLINE Pulled<T> backward_unit(const Pairs<T>& p, const T* x, int64_t size
   return result;
 }
 
-#define PHYLA_UNITS(T)                                                                                                             \
-  PHYLA_CLONES Extremes<T> forward_pass(const Pairs<T>& p, const T* x, int64_t size, T* total, T* score) {                          \
-    return p.grow ? forward_unit<true>(p, x, size, total, score) : forward_unit<false>(p, x, size, total, score);                   \
-  }                                                                                                                                \
-  PHYLA_CLONES Pulled<T> backward_pass(const Pairs<T>& p, const T* x, int64_t size, const Pull<T>& pull, T* sums) {                 \
-    return p.grow ? backward_unit<true>(p, x, size, pull, sums) : backward_unit<false>(p, x, size, pull, sums);                     \
+#define PHYLA_UNITS(T)                                                                                                               \
+  PHYLA_CLONES Extremes<T> forward_pass(const Pairs<T>& p, const T* weight, const T* x, int64_t size, T* total, T* score) {          \
+    return p.grow ? forward_unit<true>(p, weight, x, size, total, score) : forward_unit<false>(p, weight, x, size, total, score);    \
+  }                                                                                                                                  \
+  PHYLA_CLONES Pulled<T> backward_pass(const Pairs<T>& p, const T* weight, const T* x, int64_t size, const Pull<T>& pull, T* sums) { \
+    return p.grow ? backward_unit<true>(p, weight, x, size, pull, sums) : backward_unit<false>(p, weight, x, size, pull, sums);      \
   }
 PHYLA_UNITS(float)
 PHYLA_UNITS(double)
 #undef PHYLA_UNITS
 
-// The arguments of the op, dense, as the passes need them.
+// The arguments of the op.
 template <class T>
 struct Arguments {
-  Tensor x, low, high, weight;
-  std::vector<T> grow, fall;
-  Pairs<T> pairs;
+  Tensor x, weight;
+  Intervals<T> intervals;
   int64_t size, units;
 
-  Arguments(const Tensor& given_x, const Tensor& given_low, const Tensor& given_high, const Tensor& given_weight, const std::string& activation,
+  Arguments(const Tensor& given_x, const Tensor& low, const Tensor& high, const Tensor& given_weight, const std::string& activation,
             const std::string& combine)
-      : x(phyla::dense(given_x)), low(phyla::dense(given_low)), high(phyla::dense(given_high)), weight(phyla::dense(given_weight)) {
-    const Activation a = Activation(index_of(kActivations, activation));
-    const int64_t count = low.numel();
-    pairs = {count, phyla::data<T>(low), phyla::data<T>(high), phyla::data<T>(weight), nullptr, nullptr, a, {{}, {}, count, a, index_of(kCombinations, combine)}};
-    // e^-x is 0 or infinite from |x| = 87 (708) on; with ends this far inside, s(x - low) and s(high - x) are saturated there.
-    const T limit = std::is_same_v<T, float> ? T(40) : T(300);
-    bool near = a == Activation::silu || a == Activation::sigmoid || a == Activation::tanh || a == Activation::softplus;
-    for (int64_t m = 0; m < count; ++m) near = near && std::abs(pairs.low[m]) <= limit && std::abs(pairs.high[m]) <= limit;
-    if (near) {
-      for (int64_t m = 0; m < count; ++m) {
-        grow.push_back(T(std::exp(double(pairs.low[m]))));
-        fall.push_back(T(std::exp(-double(pairs.high[m]))));
-      }
-      pairs.grow = grow.data();
-      pairs.fall = fall.data();
-    }
+      : x(phyla::dense(given_x)), weight(phyla::dense(given_weight)), intervals(low, high, activation, combine) {
     size = x.numel();
     units = (size + kUnit - 1) / kUnit;
   }
-  Arguments(const Arguments&) = delete;
 
+  const Pairs<T>& pairs() const { return intervals.pairs; }
   int64_t length(int64_t unit) const { return std::min(kUnit, size - unit * kUnit); }
 };
 
@@ -260,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sums(const Arguments<T>& a) {
   std::vector<Extremes<T>> parts(a.units);
   phyla::parallel_units(a.units, [&](int64_t unit) {
     const int64_t at = unit * kUnit;
-    parts[unit] = forward_pass(a.pairs, x + at, a.length(unit), to_total + at, to_score + at);
+    parts[unit] = forward_pass(a.pairs(), phyla::data<T>(a.weight), x + at, a.length(unit), to_total + at, to_score + at);
   });
   const Extremes<T> extremes = common(parts);
   *phyla::mutable_data<T>(smallest) = extremes.smallest;
@@ -276,13 +188,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sums_backward(const Arguments<T>& a, 
   const T *x = phyla::data<T>(a.x), *g_total = phyla::data<T>(by_total), *g_score = phyla::data<T>(by_score);
   Tensor dx = needs & 1 ? phyla::empty<T>(phyla::sizes_of(a.x)) : phyla::unwanted<T>();
   T* to_dx = needs & 1 ? phyla::mutable_data<T>(dx) : nullptr;
-  const int64_t rows = 3 * a.pairs.count;
+  const int64_t rows = 3 * a.pairs().count;
   std::vector<double> partial(a.units * rows, 0.0);
   std::vector<Extremes<T>> extremes(a.units);
 
   const auto pass = [&](int64_t unit, const Pull<T>& pull) {
     std::vector<T> lanes(rows * Lanes<T>::count);
-    const Pulled<T> pulled = backward_pass(a.pairs, x + unit * kUnit, a.length(unit), pull, lanes.data());
+    const Pulled<T> pulled = backward_pass(a.pairs(), phyla::data<T>(a.weight), x + unit * kUnit, a.length(unit), pull, lanes.data());
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t l = 0; l < Lanes<T>::count; ++l) partial[unit * rows + row] += double(lanes[row * Lanes<T>::count + l]);
     return pulled;
@@ -315,8 +227,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sums_backward(const Arguments<T>& a, 
     for (int64_t row = 0; row < rows; ++row) summed[row] += partial[unit * rows + row];
   const auto parameter = [&](int64_t which) {
     if (!(needs >> (which + 1) & 1)) return phyla::unwanted<T>();
-    Tensor gradient = phyla::empty<T>({a.pairs.count});
-    for (int64_t m = 0; m < a.pairs.count; ++m) phyla::mutable_data<T>(gradient)[m] = T(summed[which * a.pairs.count + m]);
+    Tensor gradient = phyla::empty<T>({a.pairs().count});
+    for (int64_t m = 0; m < a.pairs().count; ++m) phyla::mutable_data<T>(gradient)[m] = T(summed[which * a.pairs().count + m]);
     return gradient;
   };
   return {dx, parameter(kLow), parameter(kHigh), parameter(kWeight)};
