@@ -61,7 +61,7 @@ def compile_kernels(package: Path, library: Path) -> None:
     cache = package / "build" / "native"
     cache.mkdir(parents=True, exist_ok=True)
     headers = b"".join(p.read_bytes() for p in sorted([*folder.rglob("*.h"), *include.rglob("*.h")]))
-    key = " ".join([*command, torch.__version__]).encode() + headers
+    key = " ".join([compiler, *flags, torch.__version__]).encode() + headers  # not where torch is: isolated builds put it anywhere
 
     def compile_one(source: Path) -> Path:
         target = cache / f"{source.stem}-{hashlib.sha256(key + source.read_bytes()).hexdigest()[:16]}.o"
