@@ -223,13 +223,15 @@ def make(**options: object) -> Callable[[], nn.Module]:
     return build
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"basis": RBF(4), "projection": "hidden"}, {"softmax_heads": 1, "base": "silu", "projection": "output"}],
-    ids=["fourier", "rbf-hidden", "hybrid-output"],
-)
+@pytest.mark.parametrize("options", [{}, {"basis": RBF(4), "projection": "hidden"}], ids=["fourier", "rbf-hidden"])
 def test_module_battery(options: dict[str, object]) -> None:
     check_module(make(**options), draw(3, 7, 12).float())
+
+
+def test_hybrid_battery() -> None:
+    reason = "torch's fused softmax attention has no forward mode and no second derivatives on the CPU"
+    options = {"softmax_heads": 1, "base": "silu", "projection": "output"}
+    check_module(make(**options), draw(3, 7, 12).float(), without={"module_transforms": reason})
 
 
 def test_operator_battery() -> None:
