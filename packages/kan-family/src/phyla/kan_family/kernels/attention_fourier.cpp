@@ -4,8 +4,9 @@
 // with the coefficients into r accumulators of each row; nothing has to be rescaled, since no row is normalised. A tile of basis values is
 // (rows, planes, keys): cos A .. cos GA, sin A .. sin GA and, with a base function, b(A) with coefficients 1. Backward computes the tiles again.
 //
-// The coefficients of a head are packed once as (key tile, r, plane, key); GEMMs have r rows, since r columns are slow in BLAS libraries. Backward runs over (head, batch piece) units with fixed pieces; the
-// pieces of the coefficient gradient are added in order: the same result for any number of threads.
+// The coefficients of a head are packed once as (key tile, r, plane, key); GEMMs have r rows, since r columns are slow in BLAS libraries.
+// Backward runs over (head, batch piece) units with fixed pieces; the pieces of the coefficient gradient are added in order: the same result
+// for any number of threads.
 #include <phyla/kernel.h>
 
 #include <memory>
@@ -16,9 +17,9 @@ namespace {
 
 using phyla::Tensor;
 
-constexpr int64_t kKeys = 256;          // key columns of a tile, at most
+constexpr int64_t kKeys = 256;             // key columns of a tile, at most
 constexpr int64_t kTileBytes = 192 << 10;  // of basis values, about: values and their gradients stay in the L2 cache
-constexpr int64_t kUnits = 32;          // backward units, about, so that the partial coefficient gradients stay few
+constexpr int64_t kUnits = 32;             // backward units, about, so that the partial coefficient gradients stay few
 
 enum class Base { none, identity, silu, gelu };
 
@@ -124,7 +125,8 @@ void for_packed(const Job<scalar>& job, const Visit& visit) {
 }
 
 template <class scalar>
-Job<scalar> plan(const Tensor& q, const Tensor& k, const Tensor& coef, const std::optional<Tensor>& padding, const std::string& base, double scale) {
+Job<scalar> plan(const Tensor& q, const Tensor& k, const Tensor& coef, const std::optional<Tensor>& padding, const std::string& base,
+                 double scale) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && coef.dim() == 4, "attention_fourier: q, k and coef must have four dimensions");
   STD_TORCH_CHECK(k.size(0) == q.size(0) && k.size(1) == q.size(1) && k.size(3) == q.size(3) && coef.size(0) == q.size(1) &&
                       coef.size(2) == k.size(2) && coef.size(3) % 2 == 0 && coef.size(3) > 0,
