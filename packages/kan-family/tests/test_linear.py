@@ -37,6 +37,7 @@ def arguments(spec: Basis, base: str | None, rows: int = 5, inputs: int = 3, out
     weight = None if base is None else torch.randn(outputs, inputs, dtype=torch.float64)
     first, second = (None if o[name] is None else o[name].detach().clone() for name in ("first", "second"))
     x = torch.randn(rows, inputs, dtype=torch.float64)
+    x = torch.where((x.abs() - 1).abs() < 0.02, 0.9 * x, x)  # away from the kinks of the clamp, which rounding to bfloat16 would cross
     return x, coef, weight, first, second, o["kind"], base or "silu", o["ints"], o["floats"]
 
 

@@ -216,6 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> basis_conv_backward(const Ten
                                                                        const std::string& base, const Sizes& ints, const std::vector<double>& floats,
                                                                        const Sizes& stride, const Sizes& padding, const Sizes& dilation,
                                                                        int64_t groups, bool pad_input, int64_t needs) {
+  needs &= 3 | (base_weight ? 4 : 0) | (first ? 8 : 0) | (second ? 16 : 0);
   return phyla::dispatch(x, [&](auto zero) {
     using scalar = decltype(zero);
     const Problem<scalar> p = problem<scalar>(x, coef, base_weight, first, second, kind, base, ints, floats, stride, padding, dilation, groups, pad_input);

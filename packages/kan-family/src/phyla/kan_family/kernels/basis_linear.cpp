@@ -152,6 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> basis_linear_backward(const T
                                                                          const std::string& kind, const std::string& base,
                                                                          const std::vector<int64_t>& ints, const std::vector<double>& floats,
                                                                          int64_t needs) {
+  needs &= 3 | (base_weight ? 4 : 0) | (first ? 8 : 0) | (second ? 16 : 0);
   return phyla::dispatch(x, [&](auto zero) {
     using scalar = decltype(zero);
     const Gradients<scalar> d = backward(Problem<scalar>(x, coef, base_weight, first, second, kind, base, ints, floats), phyla::dense(grad), needs);
