@@ -16,8 +16,8 @@ ROWS, INPUTS, OUTPUTS, PAIRS = 64, 784, 64, 6
 def features(layer: AFKANLinear, x: Tensor) -> Tensor:
     """`(B, I, M)`: silu, quad1, normalised twice as in the authors' code, though the min-max cancels the L2 factor."""
     low, high = layer.basis.tensors()
-    f = (F.silu(x.unsqueeze(-1) - low) * F.silu(high - x.unsqueeze(-1))) ** 2
-    f = f / f.norm(p=2)
+    f: Tensor = (F.silu(x.unsqueeze(-1) - low) * F.silu(high - x.unsqueeze(-1))) ** 2
+    f = f / torch.linalg.vector_norm(f)
     return (f - f.min()) / (f.max() - f.min())
 
 
