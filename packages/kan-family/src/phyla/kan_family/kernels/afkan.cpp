@@ -44,7 +44,7 @@ struct Range {
 };
 
 template <bool shared, class T>
-PHYLA_INLINE Extremes<T> forward_unit(const Pairs<T>& p, const T* weight, const T* x, int64_t size, T* total, T* score) {
+PHYLA_INLINE Extremes<T> forward_unit(Pairs<T> p, const T* weight, const T* x, int64_t size, T* total, T* score) {
   constexpr int64_t L = Lanes<T>::count;
   Range<T> range;
   for (int64_t at = 0; at < size; at += L) {
@@ -79,7 +79,7 @@ struct Pulled {
 
 // Passes over one unit share this one function, so that equal features are equal bit for bit.
 template <bool shared, class T>
-PHYLA_INLINE Pulled<T> backward_unit(const Pairs<T>& p, const T* weight, const T* x, int64_t size, const Pull<T>& pull, T* sums) {
+PHYLA_INLINE Pulled<T> backward_unit(Pairs<T> p, const T* weight, const T* x, int64_t size, const Pull<T>& pull, T* sums) {
   constexpr int64_t L = Lanes<T>::count;
   Range<T> range;
   Pulled<T> result{};
@@ -122,11 +122,23 @@ PHYLA_INLINE Pulled<T> backward_unit(const Pairs<T>& p, const T* weight, const T
   return result;
 }
 
+// The published pair, with its choices as constants.
+template <class T>
+PHYLA_INLINE bool is_published(const Pairs<T>& p) { return p.grow && p.activation == Activation::silu && p.kind.combine == 0; }
+template <class T>
+PHYLA_INLINE Pairs<T> published(Pairs<T> p) {
+  p.activation = Activation::silu;
+  p.kind.combine = 0;
+  return p;
+}
+
 #define PHYLA_UNITS(T)                                                                                                               \
   PHYLA_CLONES Extremes<T> forward_pass(const Pairs<T>& p, const T* weight, const T* x, int64_t size, T* total, T* score) {          \
+    if (is_published(p)) return forward_unit<true>(published(p), weight, x, size, total, score);                                     \
     return p.grow ? forward_unit<true>(p, weight, x, size, total, score) : forward_unit<false>(p, weight, x, size, total, score);    \
   }                                                                                                                                  \
   PHYLA_CLONES Pulled<T> backward_pass(const Pairs<T>& p, const T* weight, const T* x, int64_t size, const Pull<T>& pull, T* sums) { \
+    if (is_published(p)) return backward_unit<true>(published(p), weight, x, size, pull, sums);                                      \
     return p.grow ? backward_unit<true>(p, weight, x, size, pull, sums) : backward_unit<false>(p, weight, x, size, pull, sums);      \
   }
 PHYLA_UNITS(float)
