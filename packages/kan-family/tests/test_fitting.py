@@ -1,11 +1,12 @@
 import copy
 
+import matplotlib
 import pytest
 import torch
 from torch import Tensor, nn
 
 from phyla.kan_family.bases import RBF, BSpline
-from phyla.kan_family.fitting import fit
+from phyla.kan_family.fitting import FitResult, fit
 from phyla.kan_family.linear import KANLinear
 from phyla.kan_family.model import KAN
 
@@ -202,3 +203,12 @@ def test_errors(options: dict[str, object], error: type[Exception], message: str
     arguments: dict[str, object] = {"model": _kan(), "x": x, "y": y} | options
     with pytest.raises(error, match=message):
         fit(**arguments)  # type: ignore[arg-type]
+
+
+def test_the_result_draws_its_losses() -> None:
+    matplotlib.use("Agg")
+    result = FitResult(torch.tensor([1.0, 0.1]), torch.tensor([2.0, 0.2]), torch.zeros(2))
+    lines = result.plot().get_lines()
+    assert [line.get_label() for line in lines] == ["train", "test"]
+    assert list(lines[1].get_ydata()) == pytest.approx([2.0, 0.2])
+    assert result.plot(lines[0].axes) is lines[0].axes

@@ -1,18 +1,24 @@
 """Fitting a model to data with the recipe of the KAN papers: L-BFGS, grid updates, the sparsity penalty."""
 
+from __future__ import annotations
+
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from phyla.kan_family.bases import BSpline
+from phyla.kan_family.plots import axes
 from phyla.shared import checks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["FitResult", "fit"]
 
@@ -30,6 +36,16 @@ class FitResult:
     train_loss: Tensor
     test_loss: Tensor | None
     regularization: Tensor
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Losses over the steps on a logarithmic scale, into `ax` or new axes; needs matplotlib (extra `plot`)."""
+        ax = axes(ax)
+        ax.semilogy(self.train_loss.numpy(force=True), label="train")
+        if self.test_loss is not None:
+            ax.semilogy(self.test_loss.numpy(force=True), label="test")
+        ax.set(xlabel="step", ylabel="loss")
+        ax.legend()
+        return ax
 
 
 def _samples(name: str, value: object) -> Tensor:
