@@ -210,7 +210,7 @@ Gradients attention_backward(const Arguments<T>& a, const Tensor& given_grad, in
     return gradient;
   };
   const double k = double(a.job.sharpness), inverse = double(a.job.inverse);
-  const double temperature = a.temperature < T(1) ? 0.0 : -k * k * summed[from.sharpness()];
+  const double temperature = a.temperature > T(1) ? -k * k * summed[from.sharpness()] : 0.0;
   const double largest = a.spread ? -inverse * summed[from.span()] : 0.0, smallest = -inverse * summed[from.shift()] - largest;
   Tensor low = result({count}, &summed[from.low(0)]), high = result({count}, &summed[from.high(0)]);
   Tensor weight = result({count, 1, 3}, &summed[from.weight(0, 0)]), bias = result({count}, &summed[from.bias(0)]);
