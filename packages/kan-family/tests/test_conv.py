@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_basis import built, curves
+from test_linear import check_with_constant_knots
 from torch import Tensor, nn
 
 from phyla.kan_family import (
@@ -20,7 +21,7 @@ from phyla.kan_family import (
 )
 from phyla.kan_family.functional.conv import _basis_conv
 from phyla.shared.testing import _Case as Battery
-from phyla.shared.testing import assert_close, check_kernel, check_module, kernel_parity, kernel_threads
+from phyla.shared.testing import assert_close, check_module, kernel_parity, kernel_threads
 
 
 def arguments(spec: Basis, base: str | None, pad_input: bool, size: tuple[int, ...] = (4, 3), samples: int = 2) -> tuple[object, ...]:
@@ -36,7 +37,7 @@ def arguments(spec: Basis, base: str | None, pad_input: bool, size: tuple[int, .
 
 @pytest.mark.parametrize("pad_input", [True, False])
 def test_kernel(pad_input: bool) -> None:
-    check_kernel(_basis_conv, *arguments(BSpline(4, 4), "silu", pad_input))
+    check_with_constant_knots(_basis_conv, arguments(BSpline(4, 4), "silu", pad_input))
 
 
 @pytest.mark.parametrize(

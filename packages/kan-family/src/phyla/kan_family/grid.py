@@ -101,4 +101,4 @@ def refit(x: Tensor, coef: Tensor, old: Tensor, new: Tensor, order: int, outside
 
 
 def _tiles(x: Tensor, functions: int) -> Iterator[Tensor]:
-    yield from x.split(max(1, _TILE_ELEMENTS // max(1, x.shape[1] * functions)))
+    yield from torch.split(x, max(1, _TILE_ELEMENTS // max(1, x.shape[1] * functions)))

@@ -234,7 +234,7 @@ class KANLinear(nn.Module):
         return samples
 
     def _tiles(self, samples: Tensor) -> Iterator[Tensor]:
-        yield from samples.split(max(1, _TILE_ELEMENTS // (self.in_features * (self.basis.num_basis + 1))))
+        yield from torch.split(samples, max(1, _TILE_ELEMENTS // (self.in_features * (self.basis.num_basis + 1))))
 
     def _recomputed(self, reduce: Callable[..., Tensor], normalised: Tensor, raw: Tensor, *rest: Tensor) -> Tensor:
         """A reduction of a tile of basis values that does not keep them for backward."""
