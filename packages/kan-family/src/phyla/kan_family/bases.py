@@ -84,15 +84,27 @@ class Basis:
     @property
     def learned(self) -> bool:
         """Whether the stored tensors are parameters; else they are buffers."""
-        return False
+        return bool(getattr(self, "trainable", False))
 
     def constants(self) -> tuple[list[int], list[float]]:
         """The `ints` and `floats` of `functional.basis.evaluate`."""
         return [], []
 
 
+class _OnGrid(Basis):
+    """A basis on a grid of intervals, each function spanning `order + 1` of them."""
+
+    grid_size: int
+    order: int
+
+    @property
+    def num_basis(self) -> int:
+        """`grid_size + order`."""
+        return self.grid_size + self.order
+
+
 @dataclass(frozen=True)
-class BSpline(Basis):
+class BSpline(_OnGrid):
     """B-splines of an order on a grid of `grid_size` intervals; each input has its own knots, which can follow the data.
 
     Args:
@@ -116,11 +128,6 @@ class BSpline(Basis):
         _check_range("grid_range", self.grid_range)
         checks.choice("outside", self.outside, ("zero", "linear"))
 
-    @property
-    def num_basis(self) -> int:
-        """`grid_size + order`."""
-        return self.grid_size + self.order
-
     def initial_values(self, in_features: int) -> dict[str, Tensor]:
         """`knots (I, G + 2 k + 1)`."""
         low, high = self.grid_range
@@ -134,7 +141,7 @@ class BSpline(Basis):
 
 
 @dataclass(frozen=True)
-class ReLUBump(Basis):
+class ReLUBump(_OnGrid):
     """Products of two ReLUs with learnable ends.
 
     Args:
@@ -161,16 +168,6 @@ class ReLUBump(Basis):
         _check_range("grid_range", self.grid_range)
 
     @property
-    def num_basis(self) -> int:
-        """`grid_size + order`."""
-        return self.grid_size + self.order
-
-    @property
-    def learned(self) -> bool:
-        """As asked for."""
-        return self.trainable
-
-    @property
     def width(self) -> float:
         """Initial width of a bump."""
         return (self.order + 1) * (self.grid_range[1] - self.grid_range[0]) / self.grid_size
@@ -191,7 +188,7 @@ def _bump_starts(grid_size: int, order: int, grid_range: Range) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ActivationPair(Basis):
+class ActivationPair(_OnGrid):
     """Two facing activations, combined; the intervals are shared by all inputs.
 
     Args:
@@ -219,16 +216,6 @@ class ActivationPair(Basis):
         checks.choice("activation", self.activation, formulas.ACTIVATIONS)
         checks.choice("combine", self.combine, formulas.COMBINATIONS)
         _check_range("grid_range", self.grid_range)
-
-    @property
-    def num_basis(self) -> int:
-        """`grid_size + order`."""
-        return self.grid_size + self.order
-
-    @property
-    def learned(self) -> bool:
-        """As asked for."""
-        return self.trainable
 
     def initial_values(self, in_features: int) -> dict[str, Tensor]:
         """`low (G + k,)` and `high (G + k,)`."""
@@ -428,19 +415,12 @@ class Wavelet(Basis):
         """`num_wavelets`."""
         return self.num_wavelets
 
-    @property
-    def learned(self) -> bool:
-        """As asked for."""
-        return self.trainable
-
     def initial_values(self, in_features: int) -> dict[str, Tensor]:
         """`translation (I, n)`, and `scale (I, n)`, at first the spacing of the translations."""
         low, high = self.grid_range
         translation = _spaced(low, high, self.num_wavelets).repeat(in_features, 1)
-        return {
-            "translation": translation,
-            "scale": torch.full_like(translation, (high - low) / (self.num_wavelets - 1) if self.num_wavelets > 1 else 1.0),
-        }
+        scale = (high - low) / (self.num_wavelets - 1) if self.num_wavelets > 1 else 1.0
+        return {"translation": translation, "scale": torch.full_like(translation, scale)}
 
     def constants(self) -> tuple[list[int], list[float]]:
         """Index of the mother wavelet."""
@@ -514,11 +494,7 @@ _NAMED: dict[str, type[Basis]] = {
 @lru_cache(maxsize=256)
 def _mean_square(basis: Basis) -> float:
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(64))
-    function = (
-        replace(basis, num_groups=1).build(1, device="cpu", dtype=torch.float64)
-        if isinstance(basis, Rational)
-        else basis.build(1, device="cpu", dtype=torch.float64)
-    )
+    function = (replace(basis, num_groups=1) if isinstance(basis, Rational) else basis).build(1, device="cpu", dtype=torch.float64)
     with torch.no_grad():
         squares: Tensor = function(nodes[:, None])[:, 0].square().sum(-1)
     return float((weights * squares).sum() / weights.sum())
