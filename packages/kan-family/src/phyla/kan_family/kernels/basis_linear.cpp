@@ -43,7 +43,9 @@ struct Problem {
         has_base(base_weight.has_value()), base(activation_of(base)), basis(basis_arguments<T>(kind, ints, floats, first, second)) {
     if (!gathers(kind, ints, functions, outputs)) return;
     local.emplace(inputs, functions, outputs, ints[0]);
-    phyla::parallel_units(inputs, [&](int64_t i) { local->take(i, inputs, phyla::data<T>(this->coef)); });
+    phyla::parallel_units(inputs, [&](int64_t i) {
+      local->pair(i, inputs, phyla::data<T>(this->coef), [](const T& from, T& to) { to = from; });
+    });
   }
 
   int64_t blocks() const { return (inputs + block - 1) / block; }
@@ -132,7 +134,7 @@ Gradients<T> backward(const Problem<T>& p, const Tensor& grad, int64_t needs) {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < n; ++c) d_x[(row + r) * p.inputs + i + c] = dx[c * kRows + r];
     }
-    for (int64_t c = i; d_local && c < i + n; ++c) d_local->give(c, p.inputs, d_coef);
+    for (int64_t c = i; d_local && c < i + n; ++c) d_local->pair(c, p.inputs, d_coef, [](T& to, const T& from) { to = from; });
   });
   return d;
 }

@@ -119,6 +119,23 @@ PHYLA_INLINE void backward_tile(const BasisArguments<T>& a, const LocalCoefficie
       splines.at(load(x + i * ld + r));
       for (int64_t l = 0; l < std::min(L, rows - r); ++l) {
         const T* by = g + (r + l) * outputs;
+        if (d_w && dx && splines.order == 3) {  // one pass over the gradient for both
+          const T *v = splines.values.data() + l, *s = splines.slopes.data() + l, *from = w.of(begin + i) + splines.cell[l] * outputs;
+          const T v0 = v[0], v1 = v[L], v2 = v[2 * L], v3 = v[3 * L], s0 = s[0], s1 = s[L], s2 = s[2 * L], s3 = s[3 * L];
+          T* to = d_w->of(begin + i) + splines.cell[l] * outputs;
+          T sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t o = 0; o < outputs; ++o) {
+            const T go = by[o];
+            to[o] += v0 * go;
+            to[outputs + o] += v1 * go;
+            to[2 * outputs + o] += v2 * go;
+            to[3 * outputs + o] += v3 * go;
+            sum += go * (s0 * from[o] + s1 * from[outputs + o] + s2 * from[2 * outputs + o] + s3 * from[3 * outputs + o]);
+          }
+          dx[i * ld + r + l] = sum;
+          continue;
+        }
         if (d_w) {
           T* to = d_w->of(begin + i) + splines.cell[l] * outputs;
           for (int64_t m = 0; m <= splines.order; ++m) {

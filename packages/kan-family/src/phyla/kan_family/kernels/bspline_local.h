@@ -17,14 +17,13 @@ struct LocalCoefficients {
   T* of(int64_t input) { return values.data() + input * rows() * outputs; }
   const T* of(int64_t input) const { return values.data() + input * rows() * outputs; }
 
-  // Copies one input from, or to, coefficients (O, I, K).
-  void take(int64_t input, int64_t inputs, const T* coef) {
-    for (int64_t o = 0; o < outputs; ++o)
-      for (int64_t k = 0; k < functions; ++k) of(input)[(order + k) * outputs + o] = coef[(o * inputs + input) * functions + k];
-  }
-  void give(int64_t input, int64_t inputs, T* coef) const {
-    for (int64_t o = 0; o < outputs; ++o)
-      for (int64_t k = 0; k < functions; ++k) coef[(o * inputs + input) * functions + k] = of(input)[(order + k) * outputs + o];
+  // fn(value of (O, I, K), the same value here) for all of one input, a cache line of outputs at a time.
+  template <class Value, class Fn>
+  void pair(int64_t input, int64_t inputs, Value* coef, const Fn& fn) {
+    T* here = of(input) + order * outputs;
+    for (int64_t begin = 0; begin < outputs; begin += 16)
+      for (int64_t k = 0; k < functions; ++k)
+        for (int64_t o = begin; o < std::min(begin + 16, outputs); ++o) fn(coef[(o * inputs + input) * functions + k], here[k * outputs + o]);
   }
 };
 
