@@ -21,7 +21,14 @@ def test_run_writes_both_files_and_prints_a_table(phyla, tmp_path):
     result = phyla("run", "good", "--out", tmp_path, "--seed", 3, "--threads", 1)
     assert result.exit_code == 0, result.output
     assert sorted(os.listdir(tmp_path)) == ["report.html", "results.json"]
-    for word in ("passed good", "new <model>", "old & plain (baseline)", "test accuracy (%)", "1 of 1 pipelines passed"):
+    for word in (
+        "good 1/2: new <model>",
+        "passed good",
+        "new <model>",
+        "old & plain (baseline)",
+        "test accuracy (%)",
+        "1 of 1 pipelines passed",
+    ):
         assert word in result.stdout
     run = read_run(tmp_path / "results.json")
     assert (run.mode, run.seed, run.threads) == ("quick", 3, 1)

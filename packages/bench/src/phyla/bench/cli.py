@@ -219,6 +219,10 @@ class _Watcher:
         self.progress.update(self.task, completed=self.finished + share, trial=escape(label))
         if share >= 1:
             self.finished += 1
+            if not self.progress.console.is_terminal:  # a log gets a line where a terminal gets a moving bar
+                count = self.progress.tasks[-1].total
+                place = f"{self.finished}/{count:.0f}" if count else str(self.finished)
+                self.progress.console.print(f"[dim]{escape(self.name)} {place}: {escape(label)}[/]", highlight=False, soft_wrap=True)
 
     def outcome(self, outcome: Outcome) -> None:
         self.progress.remove_task(self.task)
