@@ -1,5 +1,10 @@
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +81,33 @@ def test_ctrl_c_keeps_what_was_finished(phyla, tmp_path):
     assert [(each.pipeline, each.status) for each in run.outcomes] == [("good", "passed"), ("stopped", "interrupted")]
     assert "1 not started" in result.stdout
     assert "A good pipeline" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals to a process group are POSIX")
+def test_a_real_interrupt_in_the_middle_of_a_trial(tmp_path):
+    code = "import sys; from phyla.bench import cli, pipelines; pipelines.__path__[:] = [sys.argv[1]]; cli.app(sys.argv[2:])"
+    arguments = [
+        sys.executable,
+        "-c",
+        code,
+        str(Path(__file__).with_name("fakes")),
+        "run",
+        "good",
+        "slow",
+        "broken",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith("passed good"):
+            time.sleep(0.5)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the command, its server and the trial all get it
+    assert process.wait(timeout=60) == 130, "".join(seen)
+    assert [each.status for each in read_run(tmp_path / "results.json").outcomes] == ["passed", "interrupted"]
+    assert "Traceback" not in "".join(seen)
 
 
 def test_unknown_pipeline_names_the_nearest(phyla, tmp_path):

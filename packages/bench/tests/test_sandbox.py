@@ -39,7 +39,7 @@ def test_a_dead_process_is_named_by_its_signal(fake):
 
 
 def test_pipelines_are_the_files_of_the_folder(fakes):
-    assert pipelines.names() == ("broken", "crash", "facts", "good", "stopped")
+    assert pipelines.names() == ("broken", "crash", "facts", "good", "slow", "stopped")
 
 
 def test_the_real_pipelines_are_found_without_a_list():

@@ -23,7 +23,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.plugin import hookimpl
 
 LIBRARY = "_native.so"
-_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # Not -ffast-math: it drops NaN and inf, and linking with it switches the whole process to flush-to-zero.
 _FAST = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"]
 _SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-DPHYLA_NO_CLONES"]

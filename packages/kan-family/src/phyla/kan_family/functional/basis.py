@@ -8,6 +8,7 @@ Legend: I inputs, K basis functions of an input, k spline order, G grid interval
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -243,7 +244,7 @@ def _wavelet(x: Tensor, translation: Tensor, scale: Tensor, kind: int) -> Tensor
     u = (x.unsqueeze(-1) - translation) / scale
     envelope = torch.exp(-0.5 * u * u)
     if kind == 0:
-        return 2 / (3**0.5 * torch.pi**0.25) * (u * u - 1) * envelope
+        return (u * u - 1) * envelope * (2 / (math.sqrt(3) * math.pi**0.25))
     return torch.cos(5 * u) * envelope if kind == 1 else -u * envelope
 
 

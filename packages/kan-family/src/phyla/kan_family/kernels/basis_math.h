@@ -5,7 +5,6 @@
 
 #include <cstring>
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
 
 namespace kan {
 

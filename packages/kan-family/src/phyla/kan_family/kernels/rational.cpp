@@ -7,7 +7,6 @@
 
 #include <cstring>
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only
 
 namespace {
 
