@@ -244,7 +244,7 @@ def _wavelet(x: Tensor, translation: Tensor, scale: Tensor, kind: int) -> Tensor
     u = (x.unsqueeze(-1) - translation) / scale
     envelope = torch.exp(-0.5 * u * u)
     if kind == 0:
-        return (u * u - 1) * envelope * (2 / (math.sqrt(3) * math.pi**0.25))
+        return (u * u - 1) * envelope * (2 / math.sqrt(3 * math.sqrt(math.pi)))
     return torch.cos(5 * u) * envelope if kind == 1 else -u * envelope
 
 
