@@ -103,7 +103,7 @@ def test_a_real_interrupt_in_the_middle_of_a_trial(tmp_path):
     for line in process.stdout:
         seen.append(line)
         if line.startswith("passed good"):
-            time.sleep(0.5)
+            time.sleep(1.0)
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the command, its server and the trial all get it
     assert process.wait(timeout=60) == 130, "".join(seen)
     assert [each.status for each in read_run(tmp_path / "results.json").outcomes] == ["passed", "interrupted"]

@@ -101,21 +101,24 @@ def run(
     started, clock = datetime.now().astimezone().isoformat(timespec="seconds"), time.perf_counter()
     outcomes: list[Outcome] = []
     interrupted = False
-    facts = environment(), versions()
+    mode: Literal["quick", "full"] = "full" if full else "quick"
+    facts = environment(), versions(), kernels()
 
     def so_far() -> Run:
-        mode: Literal["quick", "full"] = "full" if full else "quick"
-        return Run(started, time.perf_counter() - clock, mode, seed, threads, *facts, kernels(), tuple(outcomes))
+        return Run(started, time.perf_counter() - clock, mode, seed, threads, *facts, tuple(outcomes))
 
-    for name in names:
-        watcher.pipeline(name)
-        outcome = _run_one(name, Context(full, seed, threads, watcher))
-        outcomes.append(outcome)
-        watcher.outcome(outcome)
-        keep(so_far())
-        if outcome.status == "interrupted":
-            interrupted = True
-            break
+    try:
+        for name in names:
+            watcher.pipeline(name)
+            outcome = _run_one(name, Context(full, seed, threads, watcher))
+            outcomes.append(outcome)
+            interrupted = outcome.status == "interrupted"
+            keep(so_far())
+            watcher.outcome(outcome)
+            if interrupted:
+                break
+    except KeyboardInterrupt:  # between two pipelines
+        interrupted = True
     return so_far(), interrupted
 
 
