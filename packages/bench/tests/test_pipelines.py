@@ -49,7 +49,7 @@ def test_the_seven_functions():
 
 @pytest.mark.parametrize("model", [model.name for model in curves.MODELS])
 def test_a_curve_is_learned(model):
-    found = curves.train_curve(QUIET, "exp(sin(pi x) + y^2)", model, (0, 1), (3e-2,), 60)
+    found = curves.train_curve(QUIET, "exp(sin(pi x) + y^2)", model, (0, 1), (3e-2,), 200)
     assert max(found.errors) < 0.6
     assert found.parameters == pytest.approx(curves.budget(2), rel=0.05)
 
@@ -61,14 +61,14 @@ def test_a_trial_repeats_and_picks_the_better_rate():
     assert len(first.drawn) == 401
 
 
-@pytest.mark.parametrize("model", [model.name for model in images.MODELS])
+@pytest.mark.parametrize("model", images.MODELS, ids=lambda model: model.name)
 def test_digits_are_learned(model):
     generator = np.random.default_rng(0)
     digits = generator.integers(0, 10, 5000)
     pixels = generator.integers(0, 60, (5000, 28, 28), dtype=np.uint8)
     for digit in range(10):  # a bright bar whose place is the digit
         pixels[digits == digit, 2 + 2 * digit : 5 + 2 * digit] += 180
-    found = images.learn(QUIET, model, pixels.reshape(5000, 784), digits, (0,), (1e-2,), 20)
+    found = images.learn(QUIET, model.name, pixels.reshape(5000, 784), digits, (0,), (1e-2,), 60)
     assert found.accuracies[0] > 60
     assert len(found.curves[0]) == images.CURVE_POINTS
     assert found.curves[0][-1] == found.accuracies[0]
