@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from phyla.bench import Board, Chart, Context, Line, Measurement, Metric, PipelineResult, Table
 from phyla.bench.measure import count_parameters, nearest_widths, train
 from phyla.bench.sandbox import Progress
-from phyla.kan_family import KAN, BSpline, Chebyshev, Fourier, Rational
-from phyla.kan_family.fitting import fit
-from phyla.kan_family.symbolic import symbolic_readout
+from phyla.kan_family import KAN, BSpline, Chebyshev, Fourier, Rational, fit, symbolic_readout
 
 POINTS, VALIDATION, HIDDEN = 512, 128, 6
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)

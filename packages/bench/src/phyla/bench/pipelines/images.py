@@ -12,19 +12,7 @@ from torch import Tensor, nn
 from phyla.bench import Board, Chart, Context, Line, Measurement, Metric, PipelineResult
 from phyla.bench.measure import count_parameters, shuffled, train
 from phyla.bench.sandbox import Progress
-from phyla.kan_family import (
-    KAN,
-    RBF,
-    Basis,
-    BSpline,
-    Chebyshev,
-    Fourier,
-    KANConv2d,
-    ReLUBump,
-)
-from phyla.kan_family.afkan import AFKAN
-from phyla.kan_family.rational import GRKAN
-from phyla.kan_family.vision import VisionTransformer
+from phyla.kan_family import AFKAN, GRKAN, KAN, RBF, Basis, BSpline, Chebyshev, Fourier, KANConv2d, ReLUBump, VisionTransformer
 
 TRAIN, VALIDATION, BATCH = 4000, 500, 64
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
