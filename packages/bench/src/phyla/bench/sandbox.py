@@ -55,7 +55,8 @@ def run_fresh(
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["torch", *(f"phyla.bench.pipelines.{name}" for name in pipelines.names())])
+        # The first optimizer of a process imports torch._dynamo, which takes seconds.
+        context.set_forkserver_preload(["torch._dynamo", *(f"phyla.bench.pipelines.{name}" for name in pipelines.names())])
     ours, theirs = context.Pipe(duplex=False)
     payload = pickle.dumps((function, args, kwargs))
     process = context.Process(target=_child, args=(list(pipelines.__path__), payload, threads, theirs), daemon=True)
