@@ -13,7 +13,7 @@ x = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1) + 0.02 * torch.
 
 model = AFKAN([2, 32, 32, 2], reduction="multistep", norm="batch")
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-4)
-for _ in range(150):
+for _ in range(100):
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), label)
     loss.backward()

@@ -1,8 +1,9 @@
+import matplotlib
 import pytest
 import torch
 from torch import nn
 
-from phyla.kan_family import KAN, ActivationPair, BSpline, KANLinear, Rational
+from phyla.kan_family import KAN, ActivationPair, Attribution, BSpline, KANLinear, Rational
 from phyla.shared.testing import assert_close, check_module
 
 
@@ -113,3 +114,13 @@ def test_errors_name_the_argument() -> None:
         KAN([3])
     with pytest.raises(ValueError, match=r"widths\[1\]: expected a positive int, got 0"):
         KAN([3, 0, 1])
+
+
+def test_attribution_draws_the_network() -> None:
+    matplotlib.use("Agg")
+    edges = (torch.tensor([[1.0, 0.5], [0.0, 0.25], [0.5, 0.5]]), torch.tensor([[2.0, 0.0, 1.0]]))
+    ax = Attribution((torch.ones(2), torch.ones(3), torch.ones(1)), edges).plot()
+    lines = ax.get_lines()
+    assert [line.get_alpha() for line in lines] == [1.0, 0.5, 0.0, 0.25, 0.5, 0.5, 1.0, 0.0, 0.5]
+    assert list(lines[1].get_xdata()) == pytest.approx([0.75, 1 / 6])  # from the second input to the first node
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["x1", "x2"]

@@ -3,6 +3,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import sympy
@@ -304,3 +305,12 @@ def test_a_parabola_is_not_read_as_a_wide_sine() -> None:
     model = _drawn([2, 1], [[[lambda u: u**2, lambda u: 0.5 * u**2 + 1e-5 * u**3]]], x)
     readout = symbolic_readout(model, x)
     assert [fit.name for fit in readout.fits[0][0] if fit] == ["x^2", "x^2"]
+
+
+def test_a_readout_draws_its_functions() -> None:
+    matplotlib.use("Agg")
+    x = _square_points(200)
+    model = _drawn([2, 1, 1], [[[lambda u: u**2, lambda u: 0 * u]], [[torch.exp]]], x)
+    ax = symbolic_readout(model, x).plot()
+    assert [text.get_text() for text in ax.texts] == ["x^2", "exp"]
+    assert ax.get_title() == "r2 of the outputs: 1.0000"

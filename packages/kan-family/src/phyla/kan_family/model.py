@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from phyla.kan_family.bases import Basis, Device
 from phyla.kan_family.linear import Base, KANLinear, Norm
+from phyla.kan_family.plots import network
 from phyla.shared import checks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Attribution:
 
     nodes: tuple[Tensor, ...]
     edges: tuple[Tensor, ...]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The network, its edges the darker the more important, into `ax` or new axes; needs matplotlib (extra `plot`)."""
+        return network(ax, self.edges)
 
 
 class KAN(nn.Module):

@@ -6,12 +6,14 @@ answer when `f(a x + b)` spans the same curves up to `c` and `d`; each function 
 is reported.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +23,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from phyla.kan_family.linear import KANLinear
 from phyla.kan_family.model import KAN
+from phyla.kan_family.plots import network
 from phyla.shared import checks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["SymbolicFit", "SymbolicReadout", "fit_edge", "symbolic_readout"]
 
@@ -117,7 +123,7 @@ class _Curve:
     norm: float
 
     @classmethod
-    def of(cls, x: _Array, y: _Array) -> "_Curve":
+    def of(cls, x: _Array, y: _Array) -> _Curve:
         low, high = float(x.min()), float(x.max())
         mean = float(y.mean())
         norm = float(np.linalg.norm(y - mean))
@@ -145,7 +151,7 @@ class _Scan:
     curve: _Curve
 
     @classmethod
-    def of(cls, curve: _Curve, a: _Array, b: _Array) -> "_Scan":
+    def of(cls, curve: _Curve, a: _Array, b: _Array) -> _Scan:
         cells = np.stack(np.meshgrid(a, b, indexing="ij"), axis=-1).reshape(-1, 2)
         middle, half = curve.middle, curve.half
         if half > 0 and not (0.5 <= half <= 2 and abs(middle) <= 1):  # the grid suits [-1, 1]: scan x brought there, too
@@ -332,6 +338,17 @@ class SymbolicReadout:
         for layer, fits in zip(_layers(self._model), self.fits, strict=True):
             h = _evaluate(layer, fits, h)
         return h.to(x.dtype)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The network with the function of every edge ("?": numerical), into `ax` or new axes; needs matplotlib (extra `plot`).
+
+        Edges that the readout found constant are left out.
+        """
+        names = [[["?" if fit is None else fit.name for fit in row] for row in layer] for layer in self.fits]
+        drawn = [torch.tensor([[float(fit is None or fit.a * fit.c != 0) for fit in row] for row in layer]) for layer in self.fits]
+        plot = network(ax, drawn, names)
+        plot.set_title(f"r2 of the outputs: {', '.join(f'{r2:.4f}' for r2 in self.r2.tolist())}")
+        return plot
 
 
 def _layers(model: KAN) -> list[KANLinear]:
