@@ -12,12 +12,14 @@ angle = 3 * torch.pi * radius + torch.pi * label
 x = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1) + 0.02 * torch.randn(600, 2)
 
 model = AFKAN([2, 32, 32, 2], reduction="multistep", norm="batch")
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-4)
-for _ in range(100):
+optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4)
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=200)  # ends slowly: the running extremes catch up
+for _ in range(200):
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), label)
     loss.backward()
     optimizer.step()
+    schedule.step()
 
 model.eval()  # running extremes of the features take the place of those of the batch
 with torch.no_grad():

@@ -23,3 +23,10 @@ def threads() -> Iterator[None]:
 def test_an_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_spirals_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "afkan_classifier.py"))
+    accuracy = float(capsys.readouterr().out.split()[1])
+    assert accuracy > 0.9
