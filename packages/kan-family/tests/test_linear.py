@@ -1,5 +1,6 @@
 import copy
 import math
+import weakref
 
 import bases_oracle as oracle
 import pytest
@@ -23,6 +24,7 @@ from phyla.kan_family import (
     Wavelet,
     functional,
 )
+from phyla.kan_family.functional import linear as functional_linear
 from phyla.kan_family.functional.linear import _basis_linear
 from phyla.shared.kernels import Kernel
 from phyla.shared.testing import _Case as Battery
@@ -124,6 +126,64 @@ def test_large_grids_agree_with_the_composite(order: int, outputs: int) -> None:
         kernel_threads(case)
     x[0, 0] = math.nan
     assert _basis_linear(*args)[0].isnan().all()
+
+
+@pytest.mark.parametrize("spec", [BSpline(), BSpline(6, 4, outside="linear"), Wavelet(), Fourier(), ActivationPair()], ids=str)
+def test_tiles_of_the_composite_make_no_difference(spec: Basis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Derivatives of the first two orders, forward mode, per-sample gradients: from tiles of two rows of an input, and from one tile."""
+    args = arguments(spec, "silu", 5, 3, 2)
+    case = Battery(_basis_linear, args, None, (0,))
+    leaves = [args[i].clone().requires_grad_() for i in case.places]
+    function = case.of(_basis_linear.plain, args)
+
+    def derivatives() -> list[Tensor]:
+        (y,) = function(*leaves)
+        first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True, materialize_grads=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, materialize_grads=True)
+        moved = torch.func.jvp(lambda x: function(x, *leaves[1:])[0], (leaves[0].detach(),), (torch.ones_like(leaves[0]),))[1]
+        each = torch.func.vmap(torch.func.jacrev(lambda row: function(row[None], *leaves[1:])[0]))(leaves[0].detach())
+        return [y, *first, *second, moved, each]
+
+    whole = derivatives()
+    monkeypatch.setattr(functional_linear, "_TILE_ROWS", 2)
+    monkeypatch.setattr(functional_linear, "_TILE_ELEMENTS", 1)
+    for tiled, expected in zip(derivatives(), whole, strict=True):
+        assert_close(f"tiles of {spec}", tiled, expected, 1e-12)
+    case.places = tuple(i for i in case.places if not (isinstance(spec, BSpline) and i == KNOTS))
+    kernel_gradcheck(case, second=True)
+    kernel_transforms(case)
+
+
+@pytest.mark.parametrize("spec", [BSpline(16, 3), RBF(19)], ids=str)
+def test_the_composite_keeps_one_tile_alive(spec: Basis) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    rows, inputs = 4096, 256
+    alive, peak, known = 0, 0, set()
+
+    def release(pointer: int, size: int) -> None:
+        nonlocal alive
+        known.discard(pointer)
+        alive -= size
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal alive, peak
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(t, Tensor) and t._base is None and t.untyped_storage().data_ptr() not in known:
+                    storage = t.untyped_storage()
+                    known.add(storage.data_ptr())
+                    alive += storage.nbytes()
+                    weakref.finalize(t, release, storage.data_ptr(), storage.nbytes())
+            peak = max(peak, alive)
+            return out
+
+    args = arguments(spec, "silu", rows, inputs, 8)
+    leaves = [a.detach().float().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+    with Watch():
+        _basis_linear.plain(*leaves).sum().backward()
+    assert peak < 4 * rows * inputs * spec.num_basis / 2
 
 
 def test_functional_forms() -> None:

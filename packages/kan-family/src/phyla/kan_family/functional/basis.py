@@ -63,36 +63,38 @@ def bspline_basis(x: Tensor, knots: Tensor, order: int = 3, *, outside: Outside 
     """
     checks.positive_int("order", order)
     checks.last_dim("x", x, checks.shape("knots", knots, (None, None)).shape[0])
-    if knots.shape[1] < order + 2:
-        raise ValueError(f"knots: expected at least order + 2 = {order + 2} knots per input, got shape {tuple(knots.shape)}")
     checks.choice("outside", outside, ("zero", "linear"))
+    least, count = ("order + 2", order + 2) if outside == "zero" else ("2 order + 2", 2 * order + 2)
+    if knots.shape[1] < count:
+        raise ValueError(f"knots: expected at least {least} = {count} knots per input, got shape {tuple(knots.shape)}")
     return _bspline(x, knots, order, outside == "linear")
 
 
 def _bspline(x: Tensor, knots: Tensor, order: int, linear: bool) -> Tensor:
-    t = knots.detach()
-    cells = t.shape[-1] - 1
-    left, right = t[..., :-1], t[..., 1:]
-    u = x.unsqueeze(-1)
-    if linear:
-        # The interior cells alone, the last one closed: a piece of the interior grid is evaluated at its own end.
-        inside = torch.minimum(torch.maximum(u, t[..., order : order + 1]), t[..., cells - order : cells - order + 1])
-        cell = torch.arange(cells, device=t.device)
-        above = (inside >= left) & (cell >= order)
-        phi = (above & ((inside < right) | (cell == cells - order - 1)) & (cell < cells - order)).to(x.dtype)
-    else:
-        inside = u
-        phi = ((u >= left) & (u < right)).to(x.dtype)
-    slope = phi
+    phi = splines(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).t(), knots, order, linear)[0]
+    return phi.permute(2, 0, 1).reshape(*x.shape, phi.shape[1])
+
+
+def splines(x: Tensor, knots: Tensor, order: int, linear: bool) -> tuple[Tensor, Tensor]:
+    """B-splines and their derivatives at N points, `(I, N) -> (I, K, N)` twice: inner loops are long. See `bspline_basis`."""
+    t, functions, u = knots.detach(), knots.shape[1] - 1 - order, x.contiguous().unsqueeze(1)
+    inside = torch.minimum(torch.maximum(u, t[:, order, None, None]), t[:, functions, None, None]) if linear else u
+    past = inside - t.unsqueeze(-1)
+    reached = (torch.sign(past.detach()) + 1).clamp(max=1)  # 1 where x is at or past the knot, else 0
+    if linear:  # the last cell of the interior grid is closed: a piece is evaluated at its own end
+        reached = reached * (torch.arange(t.shape[1], device=t.device) < functions).unsqueeze(-1)
+    phi = reached[:, :-1] - reached[:, 1:]
+    slopes = phi
     for p in range(1, order + 1):
-        width = t[..., p:] - t[..., :-p]
-        inverse = torch.where(width > 0, 1 / torch.where(width > 0, width, 1), 0)
-        weight = (inside - t[..., :-p]) * inverse
+        width = (t[:, p:] - t[:, :-p]).unsqueeze(-1)
+        inverse = torch.where(width > 0, width, math.inf).reciprocal()
         if p == order:
-            per_width = phi * inverse
-            slope = order * (per_width[..., :-1] - per_width[..., 1:])
-        phi = weight[..., :-1] * phi[..., :-1] + (t[..., p + 1 :] - inside) * inverse[..., 1:] * phi[..., 1:]
-    return phi + slope * (u - inside) if linear else phi
+            per_width = phi * (order * inverse)
+            slopes = per_width[:, :-1] - per_width[:, 1:]
+        rising = past[:, :-p] * inverse
+        # The falling weight (t_{m+p+1} - x) / width is 1 - rising where phi is not 0.
+        phi = torch.addcmul(torch.addcmul(phi[:, 1:], rising[:, :-1], phi[:, :-1]), rising[:, 1:], phi[:, 1:], value=-1)
+    return phi + slopes * (u - inside) if linear else phi, slopes
 
 
 def relu_bump_basis(x: Tensor, low: Tensor, high: Tensor, *, scale: float, power: int = 2) -> Tensor:

@@ -7,18 +7,126 @@ Legend: B rows, I inputs, O outputs, K basis functions of an input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from phyla.kan_family.functional.basis import activate, evaluate
+from phyla.kan_family.functional.basis import activate, evaluate, splines
 from phyla.shared import checks
 from phyla.shared.kernels import Kernel
 
 __all__ = ["bspline_linear", "chebyshev_linear", "fourier_linear", "rbf_linear", "relu_bump_linear"]
 
-_TILE_ELEMENTS = 1 << 20  # of basis values: 4 MiB of float32
+_TILE_ROWS = 1 << 10
+_TILE_ELEMENTS = 1 << 18  # of basis values: 1 MiB of float32
+
+
+def _contract(
+    x: Tensor, coef: Tensor, first: Tensor | None, second: Tensor | None, kind: str, ints: Sequence[int], floats: Sequence[float]
+) -> Tensor:
+    return evaluate(x, first, second, kind, ints, floats).flatten(-2) @ coef.flatten(1).t()
+
+
+def _blocks(x: Tensor, coef: Tensor, first: Tensor | None, second: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """The arguments for one block of inputs after the other: as many inputs as make a tile of values."""
+    size = max(1, _TILE_ELEMENTS // max(1, x.shape[0] * coef.shape[2]))
+    parameters = (repeat(p) if p is None or p.dim() == 1 else torch.split(p, size) for p in (first, second))
+    return zip(torch.split(x, size, 1), torch.split(coef, size, 1), *parameters, strict=False)
+
+
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # by x, coef, first, second, where they are needed
+
+
+def _gradients(
+    grad: Tensor,
+    needs: Sequence[bool],
+    x: Tensor,
+    coef: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    kind: str,
+    ints: Sequence[int],
+    floats: Sequence[float],
+) -> _Gradients:
+    """The vector-Jacobian product of `_contract`, of differentiable operations."""
+    if kind == "bspline" and first is not None:
+        return _spline_gradients(grad, needs, x, coef, first, ints[0], bool(ints[1]))
+    points = (x, first, second)
+    moved = [i for i, need in enumerate((needs[0], *needs[2:])) if need]
+
+    def values(*at: Tensor) -> Tensor:
+        given = dict(zip(moved, at, strict=True))
+        return evaluate(given.get(0, x), given.get(1, first), given.get(2, second), kind, ints, floats)
+
+    phi, pullback = cast(Any, torch.func.vjp(values, *(points[i] for i in moved)))
+    by = dict(zip(moved, pullback((grad @ coef.flatten(1)).view(phi.shape)), strict=True)) if moved else {}
+    return by.get(0), (grad.t() @ phi.flatten(1)).view(coef.shape) if needs[1] else None, by.get(1), by.get(2)
+
+
+def _spline_gradients(grad: Tensor, needs: Sequence[bool], x: Tensor, coef: Tensor, knots: Tensor, order: int, linear: bool) -> _Gradients:
+    phi, slopes = splines(x.t(), knots, order, linear)  # (I, K, B)
+    by_phi = (coef.flatten(1).t() @ grad.t()).view(phi.shape) if needs[0] else None
+    return (
+        None if by_phi is None else (by_phi * slopes).sum(1).t(),
+        (grad.t() @ phi.flatten(0, 1).t()).view(coef.shape) if needs[1] else None,
+        None,
+        None,
+    )
+
+
+class _Tiled(torch.autograd.Function):
+    """`_contract` tile by tile. Backward evaluates the basis again, so that the values of one tile at a time are alive."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        x, coef, first, second, *constants = args
+        results = []
+        for rows in torch.split(x, _TILE_ROWS):
+            y = rows.new_zeros(rows.shape[0], coef.shape[0])
+            for part, weight, *parameters in _blocks(rows, coef, first, second):
+                y = torch.addmm(y, evaluate(part, *parameters, *constants).flatten(-2), weight.flatten(1).t())
+            results.append(y)
+        return torch.cat(results)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_forward(*inputs[:4])
+        ctx.constants = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, *rest = ctx.saved_tensors
+        by_x: list[Tensor] = []
+        sums: list[Tensor | None] = [None, None, None]
+        for rows, grad_rows in zip(torch.split(x, _TILE_ROWS), torch.split(grad, _TILE_ROWS), strict=True):
+            tiles = [_gradients(grad_rows, ctx.needs_input_grad[:4], *block, *ctx.constants) for block in _blocks(rows, *rest)]
+            first, *others = zip(*tiles, strict=True)
+            if first[0] is not None:
+                by_x.append(torch.cat(first, 1))
+            for j, parts in enumerate(others):
+                if parts[0] is not None:
+                    part = sum(parts) if rest[j].dim() == 1 else torch.cat(parts, int(j == 0))
+                    sums[j] = part if (before := sums[j]) is None else before + part
+        return torch.cat(by_x) if by_x else None, *sums, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        args = (*ctx.saved_tensors, *ctx.constants)
+        moved = [i for i in range(4) if tangents[i] is not None]
+
+        def contract(*at: Tensor) -> Tensor:
+            given = dict(zip(moved, at, strict=True))
+            return _contract(*(given.get(i, a) for i, a in enumerate(args)))
+
+        # The pullback is linear in its argument; its own transpose is the push-forward.
+        out, pullback = cast(Any, torch.func.vjp(contract, *(args[i] for i in moved)))
+        return torch.func.vjp(pullback, torch.zeros_like(out))[1](tuple(tangents[i] for i in moved))[0]
 
 
 def _basis_linear_composite(
@@ -32,17 +140,11 @@ def _basis_linear_composite(
     ints: Sequence[int],
     floats: Sequence[float],
 ) -> Tensor:
-    outputs, inputs, functions = coef.shape
-    weight = coef if base_weight is None else torch.cat([coef, base_weight.unsqueeze(-1)], -1)
-    weight_t = weight.reshape(outputs, -1).t()
-    rows = max(1, _TILE_ELEMENTS // max(1, inputs * (functions + 1)))
-    tiles = []
-    for tile in torch.split(x, rows):
-        phi = evaluate(tile, first, second, kind, ints, floats)
-        if base_weight is not None:
-            phi = torch.cat([phi, activate(tile, base).unsqueeze(-1)], -1)
-        tiles.append(phi.flatten(-2) @ weight_t)
-    return torch.cat(tiles)
+    if torch.compiler.is_compiling():  # the compiler decides itself what it keeps and what it computes again
+        y = torch.cat([_contract(rows, coef, first, second, kind, ints, floats) for rows in torch.split(x, _TILE_ROWS)])
+    else:
+        y = cast(Any, _Tiled).apply(x, coef, first, second, kind, ints, floats)
+    return y if base_weight is None else y + activate(x, base) @ base_weight.t()
 
 
 _basis_linear = Kernel(

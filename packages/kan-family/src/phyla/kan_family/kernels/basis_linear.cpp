@@ -6,14 +6,12 @@ namespace {
 
 // Rows of a tile, and inputs of a block: a tile of values takes about 128 KiB.
 constexpr int64_t kRows = 128;
-// With gathered coefficients, the coefficients of a block take it instead.
-int64_t block_inputs(int64_t inputs, int64_t functions, int64_t outputs, bool local) {
-  const int64_t most = local ? (1 << 15) / (functions * outputs) : 256 / functions;
-  return std::clamp<int64_t>(most, 1, std::max<int64_t>(1, (inputs + 7) / 8));
+int64_t block_inputs(int64_t inputs, int64_t functions) {
+  return std::clamp<int64_t>(256 / functions, 1, std::max<int64_t>(1, (inputs + 7) / 8));
 }
-// Gathering pays where few of the functions are not zero and the inner loops over the outputs are long enough.
-bool gathers(const std::string& kind, const std::vector<int64_t>& ints, int64_t functions, int64_t outputs) {
-  return kind == "bspline" && 2 * functions > 5 * (ints[0] + 1) && outputs >= 8;
+// Sorting by cells pays where few of the functions are not zero.
+bool is_local(const std::string& kind, const std::vector<int64_t>& ints, int64_t functions, int64_t outputs) {
+  return kind == "bspline" && ints[0] <= kLocalOrder && 2 * functions > 5 * (ints[0] + 1) && outputs >= 8;
 }
 
 // to (cols, ld) = from (rows, cols; row stride stride)^T; columns beyond `rows` up to whole vectors are zero.
@@ -27,26 +25,20 @@ void transpose(const T* from, int64_t rows, int64_t cols, int64_t stride, T* to,
 
 template <class T>
 struct Problem {
-  int64_t rows, inputs, outputs, functions, block;
+  int64_t rows, inputs, outputs, functions;
+  bool has_base, local;
+  int64_t block;
   Tensor x, coef, base_weight;
-  bool has_base;
   Activation base;
   BasisArguments<T> basis;
-  std::optional<LocalCoefficients<T>> local;  // where coefficients are gathered
 
   Problem(const Tensor& x, const Tensor& coef, const std::optional<Tensor>& base_weight, const std::optional<Tensor>& first,
           const std::optional<Tensor>& second, const std::string& kind, const std::string& base, const std::vector<int64_t>& ints,
           const std::vector<double>& floats)
-      : rows(x.size(0)), inputs(x.size(1)), outputs(coef.size(0)), functions(coef.size(2)),
-        block(block_inputs(inputs, functions, outputs, gathers(kind, ints, functions, outputs))),
-        x(phyla::dense(x)), coef(phyla::dense(coef)), base_weight(base_weight ? phyla::dense(*base_weight) : Tensor()),
-        has_base(base_weight.has_value()), base(activation_of(base)), basis(basis_arguments<T>(kind, ints, floats, first, second)) {
-    if (!gathers(kind, ints, functions, outputs)) return;
-    local.emplace(inputs, functions, outputs, ints[0]);
-    phyla::parallel_units(inputs, [&](int64_t i) {
-      local->pair(i, inputs, phyla::data<T>(this->coef), [](const T& from, T& to) { to = from; });
-    });
-  }
+      : rows(x.size(0)), inputs(x.size(1)), outputs(coef.size(0)), functions(coef.size(2)), has_base(base_weight.has_value()),
+        local(is_local(kind, ints, functions, outputs)), block(block_inputs(inputs, local ? 1 : functions)), x(phyla::dense(x)),
+        coef(phyla::dense(coef)), base_weight(base_weight ? phyla::dense(*base_weight) : Tensor()), base(activation_of(base)),
+        basis(basis_arguments<T>(kind, ints, floats, first, second)) {}
 
   int64_t blocks() const { return (inputs + block - 1) / block; }
   const T* x_at(int64_t row, int64_t input) const { return phyla::data<T>(x) + row * inputs + input; }
@@ -57,16 +49,16 @@ template <class T>
 Tensor forward(const Problem<T>& p) {
   Tensor y = phyla::zeros<T>({p.rows, p.outputs});
   if (p.inputs == 0 || p.outputs == 0) return y;
+  if (p.local) local_forward(p.basis, {p.rows, p.inputs, p.outputs}, phyla::data<T>(p.x), phyla::data<T>(p.coef), phyla::mutable_data<T>(y));
+  if (p.local && !p.has_base) return y;
   phyla::parallel_units((p.rows + kRows - 1) / kRows, [&](int64_t unit) {
     const int64_t row = unit * kRows, rows = std::min(kRows, p.rows - row);
-    std::vector<T> x(p.block * kRows), phi(p.block * (p.functions + 1) * kRows);
+    std::vector<T> x(p.block * kRows), phi(p.block * (p.local ? 1 : p.functions) * kRows);
     T* out = phyla::mutable_data<T>(y) + row * p.outputs;
     for (int64_t i = 0; i < p.inputs; i += p.block) {
       const int64_t n = std::min(p.block, p.inputs - i);
       transpose(p.x_at(row, i), rows, n, p.inputs, x.data(), kRows);
-      if (p.local) {
-        local_forward(p.basis, *p.local, i, n, rows, x.data(), kRows, out);
-      } else {
+      if (!p.local) {
         evaluate(p.basis, i, n, whole_vectors(rows), x.data(), phi.data(), kRows);
         phyla::gemm<T>(out, p.outputs, phi.data(), kRows, true, p.coef_at(i), p.inputs * p.functions, true, rows, p.outputs, n * p.functions, T(1));
       }
@@ -97,20 +89,18 @@ Gradients<T> backward(const Problem<T>& p, const Tensor& grad, int64_t needs) {
   if (p.rows == 0 || p.outputs == 0 || p.inputs == 0) return d;
   const T* g = phyla::data<T>(grad);
   T *d_coef = need_coef ? phyla::mutable_data<T>(d.coef) : nullptr, *d_base = need_base ? phyla::mutable_data<T>(d.base_weight) : nullptr;
-  std::optional<LocalCoefficients<T>> d_local;
-  if (p.local && need_coef) d_local.emplace(p.inputs, p.functions, p.outputs, p.local->order);
   T* d_x = need_x ? phyla::mutable_data<T>(d.x) : nullptr;
+  if (p.local) local_backward(p.basis, {p.rows, p.inputs, p.outputs}, phyla::data<T>(p.x), phyla::data<T>(p.coef), g, d_coef, d_x);
+  if (p.local && !p.has_base) return d;
 
   // A thread owns the inputs of a block: nothing is summed across threads.
   phyla::parallel_units(p.blocks(), [&](int64_t unit) {
     const int64_t i = unit * p.block, n = std::min(p.block, p.inputs - i), width = n * p.functions;
-    std::vector<T> x(p.block * kRows), tile(p.block * p.functions * kRows), dx(p.block * kRows), slope(p.has_base ? p.block * kRows : 0);
+    std::vector<T> x(p.block * kRows), tile(p.block * (p.local ? 1 : p.functions) * kRows), dx(p.block * kRows), slope(p.has_base ? p.block * kRows : 0);
     for (int64_t row = 0; row < p.rows; row += kRows) {
       const int64_t rows = std::min(kRows, p.rows - row), padded = whole_vectors(rows);
       const T* g_tile = g + row * p.outputs;
       transpose(p.x_at(row, i), rows, n, p.inputs, x.data(), kRows);
-      if (p.local)
-        local_backward(p.basis, *p.local, i, n, rows, x.data(), kRows, g_tile, d_local ? &*d_local : nullptr, need_x ? dx.data() : nullptr);
       if (need_coef && !p.local) {
         evaluate(p.basis, i, n, padded, x.data(), tile.data(), kRows);
         phyla::gemm<T>(d_coef + i * p.functions, p.inputs * p.functions, g_tile, p.outputs, true, tile.data(), kRows, true, p.outputs, width, rows,
@@ -126,15 +116,15 @@ Gradients<T> backward(const Problem<T>& p, const Tensor& grad, int64_t needs) {
                  need_second ? d.second.data() + i * p.functions : nullptr);
       }
       if (!need_x) continue;
+      if (p.local) std::fill(dx.begin(), dx.end(), T(0));
       if (p.has_base) {
         phyla::gemm<T>(tile.data(), kRows, phyla::data<T>(p.base_weight) + i, p.inputs, true, g_tile, p.outputs, true, n, rows, p.outputs);
         for (int64_t c = 0; c < n; ++c)
           for (int64_t r = 0; r < rows; ++r) dx[c * kRows + r] += tile[c * kRows + r] * slope[c * kRows + r];
       }
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < n; ++c) d_x[(row + r) * p.inputs + i + c] = dx[c * kRows + r];
+        for (int64_t c = 0; c < n; ++c) d_x[(row + r) * p.inputs + i + c] += dx[c * kRows + r];
     }
-    for (int64_t c = i; d_local && c < i + n; ++c) d_local->pair(c, p.inputs, d_coef, [](T& to, const T& from) { to = from; });
   });
   return d;
 }

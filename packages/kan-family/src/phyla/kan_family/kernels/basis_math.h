@@ -5,6 +5,12 @@
 
 #include <cstring>
 
+// Vectors have 32 bytes: AVX-512 would add nothing but time to compile.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && !defined(PHYLA_NO_CLONES)
+#define KAN_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define KAN_CLONES
+#endif
 
 namespace kan {
 
