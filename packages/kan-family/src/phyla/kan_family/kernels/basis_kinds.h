@@ -253,7 +253,7 @@ struct CenterKind {
 
   PHYLA_INLINE Curve<T> curve(Vec<T> u) const {
     if constexpr (gaussian) {
-      const Vec<T> value = exp<T>(-u * u);
+      const Vec<T> value = exp_nonpositive<T>(-u * u);
       return {value, T(-2) * inv_width * u * value};
     } else {
       const Vec<T> t = tanh<T>(u), value = T(1) - t * t;
@@ -282,7 +282,7 @@ struct WaveletKind {
   int64_t count, mother;  // 0 mexican hat, 1 morlet, 2 derivative of Gaussian
 
   PHYLA_INLINE Curve<T> curve(Vec<T> u) const {
-    const Vec<T> envelope = exp<T>(T(-0.5) * u * u);
+    const Vec<T> envelope = exp_nonpositive<T>(T(-0.5) * u * u);
     if (mother == 0) {
       constexpr T norm = T(0.86732507058407751832);  // 2 / (sqrt 3 pi^(1/4))
       return {norm * (u * u - T(1)) * envelope, norm * u * (T(3) - u * u) * envelope};

@@ -114,6 +114,15 @@ PHYLA_INLINE Vec<T> exp(Vec<T> x) {
   const Vec<T> value = (T(1) + expm1_reduced<T>(r)) * power_of_two<T>(half) * power_of_two<T>(n - half);
   return x == x ? value : x;
 }
+// exp(x) for x <= 0, without subnormal results.
+template <class T>
+PHYLA_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
+  constexpr T low = std::is_same_v<T, float> ? T(-87) : T(-708);
+  Int<T> n;
+  const Vec<T> r = reduce_exponent<T>(x < low ? fill<T>(low) : x, n);
+  const Vec<T> value = (T(1) + expm1_reduced<T>(r)) * power_of_two<T>(n);
+  return x < low ? Vec<T>{} : value;
+}
 template <class T>
 PHYLA_INLINE Vec<T> expm1(Vec<T> x) {
   Int<T> n;
