@@ -87,10 +87,11 @@ struct Chunk {
   static constexpr bool gated = gate != Gate::none, channel = gate == Gate::channel;
   const Inputs<T>& in;
   int64_t head, key_head;
-  int64_t K, V, Kp, most;
+  int64_t K, V, Kp, most, columns;
   int64_t begin = 0, c = 0, reads = 0, writes = 0, known = 0, gram_width = 0;
   // Decays from the chunk's start and, `inner`, from its first token to each token; rows of K, or single numbers.
-  T *start, *inner, *between;
+  T *start, *inner;
+  T* between;                      // decays from each write to each token, with one decay a head
   T *query_length, *key_length;    // 1 / sqrt(sum of squares + 1e-6)
   T *state_rows, *gram_rows;       // queries, then reads
   T *end_rows, *inverse_rows;      // writes, against the state after and in Gram matrices
@@ -101,15 +102,15 @@ struct Chunk {
   static int64_t writes_of(int64_t c, int64_t n) { return removal == Removal::low_rank ? 2 * c : c * n; }
   static int64_t size(const Inputs<T>& in) {
     const int64_t c = in.chunk(), rows = c + reads_of(c, in.n), writes = writes_of(c, in.n), Kp = padded<T>(in.K);
-    return (2 * c + 2 * rows + 2 * padded<T>(writes) + 2) * Kp + (padded<T>(in.K) + rows) * padded<T>(writes) + (c + rows + 2 * writes + 16) * 16 + c * c;
+    return (2 * c + 2 * rows + 2 * padded<T>(writes) + 2) * Kp + (padded<T>(in.K) + rows) * padded<T>(writes) + (c + rows + 2 * writes + 16) * 16 + c * padded<T>(writes);
   }
 
   Chunk(const Inputs<T>& inputs, int64_t value_head, Arena<T>& arena)
-      : in(inputs), head(value_head), key_head(value_head / (inputs.value_heads / inputs.heads)), K(in.K), V(in.V), Kp(padded<T>(in.K)), most(in.chunk()) {
-    const int64_t rows = most + reads_of(most, in.n), columns = padded<T>(writes_of(most, in.n));
+      : in(inputs), head(value_head), key_head(value_head / (inputs.value_heads / inputs.heads)), K(in.K), V(in.V), Kp(padded<T>(in.K)), most(in.chunk()), columns(padded<T>(writes_of(most, in.n))) {
+    const int64_t rows = most + reads_of(most, in.n);
     start = arena.take(most * (channel ? Kp : 1));
     inner = arena.take(most * (channel ? Kp : 1));
-    between = arena.take(most * most);
+    between = arena.take(most * columns);
     query_length = arena.take(most);
     key_length = arena.take(most * in.n);
     gram_rows = arena.take(rows * Kp);
@@ -121,14 +122,28 @@ struct Chunk {
     whole = arena.take(Kp);
   }
 
-  PHYLA_INLINE int64_t token_of(int64_t row) const {
-    return removal == Removal::key ? row / in.n : removal == Removal::low_rank ? row % c : row;
-  }
   const T* query(int64_t i) const { return in.q + ((begin + i) * in.heads + key_head) * K; }
-  const T* key(int64_t row) const { return in.k + (((begin + row / in.n) * in.n + row % in.n) * in.heads + key_head) * K; }
+  const T* key(int64_t row) const { return in.k + ((begin * in.n + row) * in.heads + key_head) * K; }
   const T* low_rank(const T* x, int64_t i) const { return x + ((begin + i) * in.heads + key_head) * K; }
-  const T* value(int64_t row) const { return in.v + (((begin + row / in.n) * in.n + row % in.n) * in.value_heads + head) * V; }
+  const T* value(int64_t row) const { return in.v + ((begin * in.n + row) * in.value_heads + head) * V; }
   int64_t rate_stride() const { return in.value_heads; }
+
+  // Asks for the inputs of the tokens before `end` of a chunk that starts at token `first`.
+  void expect(int64_t first, int64_t end) const {
+    for (int64_t t = first; t < std::min(end, first + most); ++t) {
+      const int64_t place = (t * in.heads + key_head) * K;
+      prefetch(in.q + place, K);
+      for (int64_t j = 0; j < in.n; ++j) {
+        prefetch(in.k + ((t * in.n + j) * in.heads + key_head) * K, K);
+        prefetch(in.v + ((t * in.n + j) * in.value_heads + head) * V, V);
+      }
+      if (removal == Removal::low_rank) {
+        prefetch(in.a + place, K);
+        prefetch(in.b + place, K);
+      }
+      if (gated) prefetch(in.g + (t * in.value_heads + head) * (channel ? K : 1), channel ? K : 1);
+    }
+  }
 
   // Decays of the tokens from `begin` on; returns how many of `tokens` fit into one chunk.
   PHYLA_INLINE int64_t decays(int64_t tokens) {
@@ -136,8 +151,9 @@ struct Chunk {
       for (int64_t i = 0; i < tokens; ++i) {
         const T decay = std::exp(in.g[(begin + i) * in.value_heads + head]);
         start[i] = i == 0 ? decay : start[i - 1] * decay;
-        for (int64_t j = 0; j < i; ++j) between[i * most + j] = between[(i - 1) * most + j] * decay;
-        between[i * most + i] = 1;
+        T *now = between + i * columns, *before = now - columns;
+        for (int64_t j = 0; j < i * in.n; ++j) now[j] = before[j] * decay;
+        std::fill_n(now + i * in.n, in.n, T(1));
       }
     }
     if constexpr (channel) {
@@ -203,7 +219,7 @@ struct Chunk {
 #pragma omp simd
       for (int64_t k = 0; k < K; ++k) plain[k] = factor * x[k];
       if constexpr (gated) {
-        const T decay = between[(c - 1) * most + i];
+        const T decay = between[(c - 1) * columns + row];
 #pragma omp simd
         for (int64_t k = 0; k < K; ++k) decayed[k] = decay * plain[k];
       }
@@ -222,10 +238,12 @@ struct Chunk {
       query_length[i] = in.unit_keys ? length(query(i)) : T(1);
       reading_row(i, query(i), in.scale * query_length[i], i);
     }
-    for (int64_t row = 0; row < c * in.n; ++row) {
-      key_length[row] = in.unit_keys ? length(key(row)) : T(1);
-      writing_row(row, key(row), key_length[row], row / in.n);
-      if (removal == Removal::key) reading_row(c + row, key(row), -key_length[row], row / in.n);
+    for (int64_t i = 0; i < c; ++i) {
+      for (int64_t row = i * in.n; row < (i + 1) * in.n; ++row) {
+        key_length[row] = in.unit_keys ? length(key(row)) : T(1);
+        writing_row(row, key(row), key_length[row], i);
+        if (removal == Removal::key) reading_row(c + row, key(row), -key_length[row], i);
+      }
     }
     if constexpr (removal == Removal::low_rank) {
       for (int64_t i = 0; i < c; ++i) {
@@ -237,21 +255,21 @@ struct Chunk {
     for (int64_t k = 0; k < K && gated; ++k) whole[k] = channel ? start[(c - 1) * Kp + k] : start[c - 1];
   }
 
-  // Whether row i of queries and reads sees write j.
-  PHYLA_INLINE bool sees(int64_t i, int64_t j) const {
-    if (i < c) return token_of(j) <= i;
-    return removal == Removal::key ? j < i - c : token_of(j) < i - c;
-  }
-  PHYLA_INLINE int64_t token_of_reading(int64_t i) const { return i < c ? i : token_of(i - c); }
+  // How many writes row i of queries and reads sees, with low rank of each of the two kinds.
+  PHYLA_INLINE int64_t seen(int64_t i) const { return i < c ? (i + 1) * in.n : i - c; }
+  int64_t kind() const { return removal == Removal::low_rank ? c : writes; }
 
   // Decayed products of what a row reads by and what rows write with; zero where a row is not seen.
   PHYLA_INLINE void make_grams() {
     transpose(inverse_columns, gram_width, inverse_rows, Kp, writes, K);
     multiply(Product<T>{gram, gram_width, c + reads, gram_width, K, gram_rows, Kp, 1, inverse_columns, gram_width});
     for (int64_t i = 0; i < c + reads; ++i) {
-      T* row = gram + i * gram_width;
-      const T* decay = between + token_of_reading(i) * most;
-      for (int64_t j = 0; j < writes; ++j) row[j] = sees(i, j) ? (gate == Gate::scalar ? row[j] * decay[token_of(j)] : row[j]) : T(0);
+      for (int64_t first = 0; first < writes; first += kind()) {
+        T* row = gram + i * gram_width + first;
+        const T* decay = between + (i < c ? i : (i - c) / in.n) * columns;
+        const int32_t sees = int32_t(seen(i)), all = int32_t(kind());
+        for (int32_t j = 0; j < all; ++j) row[j] = j < sees ? (gate == Gate::scalar ? row[j] * decay[j] : row[j]) : T(0);
+      }
     }
   }
 
@@ -306,6 +324,7 @@ void forward_head(const Inputs<T>& in, int64_t sequence, int64_t head, int64_t f
   }
   for (int64_t t = begin; t < end; t += chunk.c) {
     make_chunk(chunk, t, end - t);
+    chunk.expect(t + chunk.c, end);
     const bool fresh = t == begin && !in_place;
     chunk.advance(fresh ? initial : state, fresh ? in.V : lds, state, lds, first, width, work, x);
     copy_rows(out + (t * in.value_heads + head) * in.V + first, in.value_heads * in.V, work, ld, chunk.c, width);

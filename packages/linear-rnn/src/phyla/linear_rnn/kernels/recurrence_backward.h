@@ -16,7 +16,7 @@ struct Gradients {
 template <class T, Gate gate, Removal removal>
 struct ChunkBackward : Chunk<T, gate, removal> {
   using C = Chunk<T, gate, removal>;
-  using C::begin, C::between, C::c, C::end_rows, C::gated, C::gram, C::gram_rows, C::gram_width, C::head, C::in, C::inner, C::inverse_rows, C::K,
+  using C::begin, C::between, C::c, C::columns, C::end_rows, C::gated, C::gram, C::gram_rows, C::gram_width, C::head, C::in, C::inner, C::inverse_rows, C::K,
       C::key_length, C::known, C::Kp, C::most, C::query_length, C::rates, C::reads, C::start, C::state_rows, C::V, C::whole, C::writes;
   static constexpr bool channel = C::channel;
 
@@ -29,12 +29,12 @@ struct ChunkBackward : Chunk<T, gate, removal> {
 
   static int64_t size(const Inputs<T>& in) {
     const int64_t c = in.chunk(), rows = c + C::reads_of(c, in.n), columns = padded<T>(C::writes_of(c, in.n)), Kp = padded<T>(in.K), Vp = padded<T>(in.V);
-    return C::size(in) + (rows + columns + Kp) * Vp + Vp * columns + rows * columns + 2 * Vp * Kp + 2 * (rows + columns) * Kp + (2 * c + 1) * Kp + 2 * c + 16 * 16;
+    return C::size(in) + (rows + columns + Kp) * Vp + Vp * columns + rows * columns + 2 * Vp * Kp + 2 * (rows + columns) * Kp + (2 * c + 1) * Kp + 2 * c + columns + 16 * 16;
   }
 
   ChunkBackward(const Inputs<T>& inputs, const Gradients<T>& gradients, int64_t value_head, Arena<T>& arena)
       : C(inputs, value_head, arena), to(gradients), Vp(padded<T>(in.V)) {
-    const int64_t readings = most + C::reads_of(most, in.n), columns = padded<T>(C::writes_of(most, in.n));
+    const int64_t readings = most + C::reads_of(most, in.n);
     rows = arena.take(readings * Vp);
     d_values = arena.take(columns * Vp);
     values_t = arena.take(Vp * columns);
@@ -48,7 +48,7 @@ struct ChunkBackward : Chunk<T, gate, removal> {
     d_inverse_rows = gated ? arena.take(columns * Kp) : d_end_rows;
     d_start = arena.take(most * (channel ? Kp : 1));
     d_inner = arena.take(most * (channel ? Kp : 1));
-    d_row = arena.take(Kp);
+    d_row = arena.take(std::max(Kp, columns));
   }
 
   // What a chunk leaves for its gradient: the state before it, the Gram matrices, outputs and what read rows found, what the writes added.
@@ -56,6 +56,11 @@ struct ChunkBackward : Chunk<T, gate, removal> {
     int64_t begin, tokens;
     T *state, *gram, *work, *values;
   };
+
+  void expect_backward(const Record& record) const {
+    C::expect(record.begin, record.begin + record.tokens);
+    for (int64_t t = record.begin; t < record.begin + record.tokens; ++t) prefetch(to.out + (t * in.value_heads + head) * V, V);
+  }
 
   // From the gradient of the state after the chunk, in `d_state`, that of the state before it and of all inputs of its tokens.
   void pull(const Record& record) {
@@ -109,19 +114,28 @@ struct ChunkBackward : Chunk<T, gate, removal> {
 
   // Clears what a row does not see; one decay a head is in the Gram matrices, so they give its gradient and their rows' is decayed.
   PHYLA_INLINE void pull_grams(const T* of_chunk) {
+    std::fill_n(d_row, gate == Gate::scalar ? writes : 0, T(0));
     for (int64_t i = 0; i < c + reads; ++i) {
-      T* row = d_gram + i * gram_width;
-      const int64_t token = C::token_of_reading(i);
-      for (int64_t j = 0; j < writes; ++j) {
-        if (!C::sees(i, j)) {
-          row[j] = 0;
-        } else if constexpr (gate == Gate::scalar) {
-          const T both = row[j] * of_chunk[i * gram_width + j];
-          d_inner[token] += both;
-          d_inner[C::token_of(j)] -= both;
-          row[j] *= between[token * most + C::token_of(j)];
+      for (int64_t first = 0; first < writes; first += C::kind()) {
+        T* row = d_gram + i * gram_width + first;
+        const int64_t sees = C::seen(i), token = i < c ? i : (i - c) / in.n;
+        if constexpr (gate == Gate::scalar) {
+          const T *value = of_chunk + i * gram_width, *decay = between + token * columns;
+          T sum = 0;
+          for (int64_t j = 0; j < sees; ++j) {
+            const T both = row[j] * value[j];
+            sum += both;
+            d_row[j] += both;
+            row[j] *= decay[j];
+          }
+          d_inner[token] += sum;
         }
+        std::fill_n(row + sees, C::kind() - sees, T(0));
       }
+    }
+    if constexpr (gate == Gate::scalar) {
+      for (int64_t i = 0; i < c; ++i)
+        for (int64_t j = i * in.n; j < (i + 1) * in.n; ++j) d_inner[i] -= d_row[j];
     }
   }
 
@@ -154,7 +168,7 @@ struct ChunkBackward : Chunk<T, gate, removal> {
     if constexpr (!gated) {
       for (int64_t k = 0; k < K; ++k) d_row[k] += outer[k];
     } else if constexpr (gate == Gate::scalar) {
-      const T decay = between[(c - 1) * most + i], change = dot(outer, end_rows + row * Kp, K);
+      const T decay = between[(c - 1) * columns + row], change = dot(outer, end_rows + row * Kp, K);
       for (int64_t k = 0; k < K; ++k) d_row[k] += decay * outer[k] + within[k];
       d_inner[i] -= change;
       d_inner[c - 1] += change;
@@ -187,10 +201,12 @@ struct ChunkBackward : Chunk<T, gate, removal> {
       pull_reading(i, i, T(1));
       finish_row(to.q + ((begin + i) * in.value_heads + head) * K, C::query(i), in.scale * query_length[i], query_length[i]);
     }
-    for (int64_t row = 0; row < c * in.n; ++row) {
-      if (removal == Removal::key) pull_reading(c + row, row / in.n, T(-1));
-      pull_writing(row, row / in.n);
-      finish_row(to.k + ((begin * in.n + row) * in.value_heads + head) * K, C::key(row), key_length[row], key_length[row]);
+    for (int64_t i = 0; i < c; ++i) {
+      for (int64_t row = i * in.n; row < (i + 1) * in.n; ++row) {
+        if (removal == Removal::key) pull_reading(c + row, i, T(-1));
+        pull_writing(row, i);
+        finish_row(to.k + ((begin * in.n + row) * in.value_heads + head) * K, C::key(row), key_length[row], key_length[row]);
+      }
     }
     if constexpr (removal == Removal::low_rank) {
       for (int64_t i = 0; i < c; ++i) {
@@ -257,6 +273,7 @@ void backward_head(const Inputs<T>& in, const Gradients<T>& to, int64_t sequence
       Record& r = records[recorded++];
       chunk.gram = r.gram;
       make_chunk(chunk, t, end - t);
+      chunk.expect(t + chunk.c, end);
       chunk.advance(r.state, Vp, recorded < slots ? records[recorded].state : after_last, Vp, 0, in.V, r.work, r.values);
       r.begin = t;
       r.tokens = chunk.c;
@@ -280,6 +297,7 @@ void backward_head(const Inputs<T>& in, const Gradients<T>& to, int64_t sequence
     while (recorded > 0) {
       const Record& r = records[--recorded];
       make_rows(chunk, r.begin, r.tokens);
+      if (recorded > 0) chunk.expect_backward(records[recorded - 1]);
       chunk.pull(r);
     }
   }

@@ -63,6 +63,12 @@ void copy_rows(T* out, int64_t ldo, const T* in, int64_t ldi, int64_t rows, int6
   for (int64_t i = 0; i < rows; ++i) std::copy_n(in + i * ldi, columns, out + i * ldo);
 }
 
+// Asks for `size` values that are read soon: rows of one head lie far apart, where the hardware does not look ahead.
+template <class T>
+void prefetch(const T* values, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(values + i, 0, 2);
+}
+
 template <class T>
 struct Lanes;
 template <>
