@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import special
+from torch import nn
 
 from phyla.bench.measure import count_parameters
-from phyla.bench.pipelines import curves, images
+from phyla.bench.pipelines import curves, images, sequences
 
 QUIET = id  # a progress callback that does nothing
 
@@ -87,3 +88,61 @@ def test_a_formula_is_read():
     assert "sin(" in reading.formula or "cos(" in reading.formula
     assert reading.r2 > 0.99
     assert reading.formula_error < 0.05
+
+
+@pytest.mark.parametrize("task", sequences.TASKS, ids=lambda task: task.name)
+def test_sequence_models_have_equal_budgets(task):
+    for model in task.models:
+        network = sequences.network(model.mixer, task.tokens, task.width, 1, task.parameters)
+        assert count_parameters(network) == pytest.approx(task.parameters, rel=0.05), model.name
+        inputs, targets = task.draw(2, task.length)
+        assert inputs.max() < task.tokens
+        assert targets.max() < task.tokens
+        assert network(inputs)[0].shape == (2, task.length, task.tokens)
+        assert task.scored in task.lengths
+
+
+@pytest.mark.parametrize("size", sequences.WRITER_SIZES)
+def test_language_models_have_equal_budgets(size):
+    width, parameters = size
+    for model in sequences.WRITERS:
+        network = sequences.network(model.mixer, 103, width, sequences.DEPTH, parameters)
+        assert count_parameters(network) == pytest.approx(parameters, rel=0.05), model.name
+
+
+@pytest.mark.parametrize("model", ["DeltaProduct, n = 1", "GRU"])
+def test_parity_is_learned_with_negative_eigenvalues_and_without_linearity(model):
+    found = sequences.learn(QUIET, "parity", model, (0,), (1e-2,), 150)
+    assert found.accuracies[0][0] > 99
+    assert len(found.accuracies[0]) == 6
+
+
+def test_a_sequence_trial_repeats_and_picks_the_better_rate():
+    first, again = (sequences.learn(QUIET, "parity", "Mamba-2", (3,), (1e-7, 1e-2), 20) for _ in range(2))
+    assert first.rate == 1e-2
+    assert first.accuracies == again.accuracies
+
+
+@pytest.mark.parametrize("model", sequences.WRITERS, ids=lambda model: model.name)
+def test_a_language_model_learns_and_writes(model):
+    found = sequences.write(QUIET, model.name, 16, 20_000, (0,), (1e-2,), 30)
+    assert 3.0 < found.bits[0] < 4.95  # counting single characters gives 4.9
+    assert len(found.sample) == sequences.SAMPLE
+    assert found.character_ms > 0
+
+
+def test_bits_per_character_carry_the_state_from_window_to_window():
+    class Sum(nn.Module):
+        """Knows the running sum modulo 4 of everything it read, which is the next character, and is sure to 99 %."""
+
+        def forward(self, ids, state=None):
+            total = ids.cumsum(1) + (0 if state is None else state)
+            chance = 0.99 * nn.functional.one_hot(total % 4, 4) + 0.01 / 4
+            return chance.log(), total[:, -1:]
+
+    streams, length = sequences.STREAMS, 1 + 5 * sequences.WINDOW
+    rows = torch.randint(4, (streams, length), generator=torch.Generator().manual_seed(0))
+    for t in range(1, length):
+        rows[:, t] = rows[:, :t].sum(1) % 4
+    expected = -math.log2(0.99 + 0.01 / 4)
+    assert sequences.bits_per_character(Sum(), rows.flatten()) == pytest.approx(expected, rel=1e-5)
