@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,12 +35,9 @@ def split(state: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     """The names of the DeltaProduct paper's repository: one module a reflection."""
     result = {}
     for name, tensor in state.items():
-        *layer, module, last = ["", *name.split(".")]
-        if module[0] in "kvb" and module[1:] in ("_proj", "_conv1d"):
-            for j, part in enumerate(tensor.chunk(n)):
-                result[".".join([*layer[1:], f"{module}s", str(j), last])] = part
-        else:
-            result[name] = tensor
+        found = re.match(r"(.*\.)?([kvb]_(?:proj|conv1d))\.(\w+)$", name)
+        pieces = tensor.chunk(n) if found else [tensor]
+        result |= {f"{found[1] or ''}{found[2]}s.{j}.{found[3]}" if found else name: piece for j, piece in enumerate(pieces)}
     return result
 
 
