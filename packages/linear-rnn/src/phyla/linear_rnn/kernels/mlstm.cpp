@@ -36,6 +36,15 @@ PHYLA_INLINE void times_of(T* out, const T* x, const T* y, int64_t size) {
 PHYLA_CLONES void times(float* out, const float* x, const float* y, int64_t size) { times_of(out, x, y, size); }
 PHYLA_CLONES void times(double* out, const double* x, const double* y, int64_t size) { times_of(out, x, y, size); }
 
+PHYLA_CLONES void scale(float* x, float factor, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) x[i] *= factor;
+}
+PHYLA_CLONES void scale(double* x, double factor, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) x[i] *= factor;
+}
+PHYLA_CLONES float inner(const float* x, const float* y, int64_t size) { return dot(x, y, size); }
+PHYLA_CLONES double inner(const double* x, const double* y, int64_t size) { return dot(x, y, size); }
+
 template <class T>
 T logsigmoid(T x) { return std::min(x, T(0)) - std::log1p(std::exp(-std::abs(x))); }
 
@@ -104,15 +113,14 @@ struct Head {
   // Outputs of the chunk, up to the division: numerator, and |q . n| with the weights.
   void read() {
     copy_rows(q, Kp, key(p.q, first), p.H * K, c, K);
-    for (int64_t t = 0; t < c; ++t)
-      for (int64_t a = 0; a < K; ++a) q[t * Kp + a] *= p.scale;
+    scale(q, p.scale, c * Kp);
     transpose(k_t, kChunk, k, Kp, kChunk, Kp);
     multiply(Product<T>{gram, kChunk, c, kChunk, K, q, Kp, 1, k_t, kChunk});
     times(gram, gram, weight, c * kChunk);
     multiply(Product<T>{numerator, Vp, c, Vp, K, q, Kp, 1, memory, Vp});
     multiply(Product<T>{numerator, Vp, c, Vp, c, gram, kChunk, 1, v, Vp, numerator, Vp, carried});
     for (int64_t t = 0; t < c; ++t) {
-      carried_q[t] = dot(q + t * Kp, normaliser, K);
+      carried_q[t] = inner(q + t * Kp, normaliser, K);
       T sum = carried[t] * carried_q[t];
       for (int64_t j = 0; j <= t; ++j) sum += gram[t * kChunk + j];
       bottom[t] = sum;
@@ -130,10 +138,9 @@ struct Head {
   void close() {
     const T* last = last_weight();
     const T kept = carried[c - 1];
-    for (int64_t t = 0; t < c; ++t)
-      for (int64_t a = 0; a < V; ++a) numerator[t * Vp + a] = v[t * Vp + a] * last[t];
-    for (int64_t t = 0; t < c; ++t) std::fill_n(numerator + t * Vp + V, Vp - V, T(0));
-    for (int64_t a = 0; a < K * Vp; ++a) memory[a] *= kept;
+    copy_rows(numerator, Vp, v, Vp, c, Vp);
+    for (int64_t t = 0; t < c; ++t) scale(numerator + t * Vp, last[t], Vp);
+    scale(memory, kept, K * Vp);
     multiply(Product<T>{memory, Vp, K, Vp, c, k, 1, Kp, numerator, Vp, memory, Vp});
     for (int64_t a = 0; a < K; ++a) normaliser[a] *= kept;
     for (int64_t t = 0; t < c; ++t)
@@ -232,7 +239,7 @@ struct Pull {
       const T* grad = g.out + ((h.first + t) * h.p.H + h.head) * V;
       const T least = h.floor_of(t), size = std::abs(h.bottom[t]), factor = T(1) / h.denominator(t);
       for (int64_t a = 0; a < V; ++a) d_numerator[t * Vp + a] = grad[a] * factor;
-      const T d_denominator = -dot(grad, h.numerator + t * Vp, V) * factor * factor;
+      const T d_denominator = -inner(grad, h.numerator + t * Vp, V) * factor * factor;
       const T share = size > least ? T(1) : size == least ? T(0.5) : T(0);
       d_bottom[t] = std::isnan(size) ? size : d_denominator * share * T((h.bottom[t] > 0) - (h.bottom[t] < 0));
       d_after[t] = h.far(h.after[t]) || share == T(1) ? 0.0 : -double(d_denominator) * (1 - share) * least;
@@ -241,10 +248,9 @@ struct Pull {
     multiply(Product<T>{written, Vp, c, Vp, K, h.q, Kp, 1, h.memory, Vp});
     const T* last = h.last_weight();
     const T kept = h.carried[c - 1];
-    double d_kept = 0;
-    for (int64_t a = 0; a < K; ++a) d_kept += dot(d_memory + a * Vp, h.memory + a * Vp, V) + d_normaliser[a] * h.normaliser[a];
+    const double d_kept = double(inner(d_memory, h.memory, K * Vp)) + inner(d_normaliser, h.normaliser, K);
     for (int64_t t = 0; t < c; ++t) {
-      d_carried[t] = dot(d_numerator + t * Vp, written + t * Vp, V) + d_bottom[t] * h.carried_q[t];
+      d_carried[t] = inner(d_numerator + t * Vp, written + t * Vp, V) + d_bottom[t] * h.carried_q[t];
       d_log[t] = double(d_carried[t]) * h.carried[t];
     }
     d_log[c - 1] += d_kept * kept;
@@ -267,8 +273,8 @@ struct Pull {
     for (int64_t j = 0; j < c; ++j) {
       T* row = d_rows + j * Kp;
       for (int64_t a = 0; a < K; ++a) row[a] = (row[a] + d_normaliser[a]) * last[j];
-      weigh(c - 1, j, dot(row, h.k + j * Kp, K));
-      for (int64_t a = 0; a < V; ++a) d_values[j * Vp + a] *= last[j];
+      weigh(c - 1, j, inner(row, h.k + j * Kp, K));
+      scale(d_values + j * Vp, last[j], V);
     }
     for (int64_t t = 0; t < c; ++t)
       for (int64_t j = 0; j < kChunk; ++j) {
@@ -291,13 +297,11 @@ struct Pull {
     for (int64_t t = 0; t < c; ++t)
       for (int64_t a = 0; a < K; ++a) d_rows[t * Kp + a] = (d_rows[t * Kp + a] + d_bottom[t] * h.normaliser[a]) * h.carried[t];
     multiply(Product<T>{d_rows, Kp, c, Kp, c, d_gram, kChunk, 1, h.k, Kp, d_rows, Kp});
-    for (int64_t t = 0; t < c; ++t)
-      for (int64_t a = 0; a < K; ++a) d_rows[t * Kp + a] *= h.p.scale;
+    scale(d_rows, h.p.scale, c * Kp);
     copy_rows(g.q + (h.first * h.p.H + h.head) * K, h.p.H * K, d_rows, Kp, c, K);
     // The memory before the chunk.
-    for (int64_t t = 0; t < c; ++t)
-      for (int64_t a = 0; a < V; ++a) d_numerator[t * Vp + a] *= h.carried[t];
-    for (int64_t a = 0; a < K * Vp; ++a) d_memory[a] *= kept;
+    for (int64_t t = 0; t < c; ++t) scale(d_numerator + t * Vp, h.carried[t], V);
+    scale(d_memory, kept, K * Vp);
     multiply(Product<T>{d_memory, Vp, K, Vp, c, h.q, 1, Kp, d_numerator, Vp, d_memory, Vp});
     for (int64_t a = 0; a < K; ++a) {
       T sum = d_normaliser[a] * kept;
