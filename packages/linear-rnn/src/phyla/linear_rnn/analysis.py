@@ -1,11 +1,106 @@
 """What a recurrence does to its state: eigenvalues of its transitions, decay, rank, and the reflections that compose a rotation."""
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from phyla.linear_rnn.functional import transition_matrices
 from phyla.shared import checks
 
-__all__ = ["effective_rank", "householder_factors"]
+__all__ = ["effective_rank", "householder_factors", "receptive_decay", "transition_eigenvalues"]
+
+Arguments = dict[str, Any]
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the arguments of every recurrence that runs under it, as float64 or None, by their names in the op's schema."""
+
+    names = ("delta_product", "dplr", "linear_attention", "mlstm")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[str, Arguments]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace == "phyla_linear_rnn" and name in self.names:
+            given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+            self.calls.append((name, {key: value.double() if isinstance(value, Tensor) else value for key, value in given.items()}))
+        return func(*args, **(kwargs or {}))
+
+
+def _recurrence(layer: Callable[[Tensor], Any], x: Tensor) -> tuple[str, Arguments]:
+    """The name and the arguments of the recurrence that the layer runs on x."""
+    watch = _Watch()
+    with torch.no_grad(), watch:
+        layer(x)
+    if len(watch.calls) != 1:
+        raise ValueError(f"layer: expected one that runs one recurrence of phyla.linear_rnn.functional, got {len(watch.calls)}")
+    return watch.calls[0]
+
+
+def transition_eigenvalues(layer: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    """Eigenvalues of the matrix by which a layer multiplies its state, at every token and in every head.
+
+    Their signs and angles tell what the layer can track: with eigenvalues in [0, 1] no parity, with real ones in [-1, 1] no counting
+    modulo 3, with pairs on the unit circle rotations. For mLSTM they are those of the state without its stabiliser: the forget gate.
+
+    Args:
+        layer: any layer of this package, or a callable that runs one of its recurrences, such as `partial(rwkv, v_first=v)`.
+        x: what the layer reads, `(B, T, hidden_size)`.
+
+    Returns:
+        Complex128, `(B, T, heads, K)`; the order within a matrix has no meaning.
+
+    Raises:
+        ValueError: if the layer runs no recurrence, or several.
+
+    Source:
+        *Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues*, theorems 1 and 2; *DeltaProduct*, section 3.
+    """
+    name, given = _recurrence(layer, x)
+    g = _log_decay(name, given)
+    if name == "delta_product":
+        keys = given["k"].repeat_interleave(g.shape[2] // given["k"].shape[3], 3)
+        keys = keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + 1e-6) if given["qk_l2norm"] else keys
+        matrices = transition_matrices(keys, given["beta"], g)
+    elif name == "dplr":
+        matrices = torch.diag_embed(g.exp()) + given["b"].unsqueeze(-1) * given["a"].unsqueeze(-2)
+    else:
+        return g.exp().to(torch.complex128)
+    eigenvalues: Tensor = torch.linalg.eigvals(matrices)
+    return eigenvalues
+
+
+def receptive_decay(layer: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    """How much of its state each head keeps from one token to the next: the decay e^g, averaged over sequences, tokens and channels.
+
+    A head of decay d looks back about 1 / (1 - d) tokens. Reflections, which move the state without shortening it, do not count.
+
+    Args:
+        layer: as in `transition_eigenvalues`.
+        x: what the layer reads, `(B, T, hidden_size)`.
+
+    Returns:
+        Float64 `(heads,)` in [0, 1]; ones for a layer without gate.
+
+    Raises:
+        ValueError: if the layer runs no recurrence, or several.
+    """
+    return _log_decay(*_recurrence(layer, x)).exp().mean((0, 1, 3))
+
+
+def _log_decay(name: str, given: Arguments) -> Tensor:
+    """Logarithms of the decays, (B, T, heads, K)."""
+    (batch, tokens, _, width), heads = given["q"].shape, given["v"].shape[-2]
+    gate: Tensor | None = F.logsigmoid(given["f"]) if name == "mlstm" else given["g"]
+    if gate is None:
+        gate = torch.zeros(batch, tokens, heads, dtype=torch.float64, device=given["q"].device)
+    return (gate if gate.dim() == 4 else gate.unsqueeze(-1)).expand(batch, tokens, heads, width)
 
 
 @torch.no_grad()
