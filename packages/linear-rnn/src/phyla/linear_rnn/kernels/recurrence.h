@@ -86,7 +86,7 @@ template <class T, Gate gate, Removal removal>
 struct Chunk {
   static constexpr bool gated = gate != Gate::none, channel = gate == Gate::channel;
   const Inputs<T>& in;
-  int64_t head, key_head;
+  int64_t head = 0, key_head = 0;
   int64_t K, V, Kp, most, columns;
   int64_t begin = 0, c = 0, reads = 0, writes = 0, known = 0, gram_width = 0;
   // Decays from the chunk's start and, `inner`, from its first token to each token; rows of K, or single numbers.
@@ -105,8 +105,8 @@ struct Chunk {
     return (2 * c + 2 * rows + 2 * padded<T>(writes) + 2) * Kp + (padded<T>(in.K) + rows) * padded<T>(writes) + (c + rows + 2 * writes + 16) * 16 + c * padded<T>(writes);
   }
 
-  Chunk(const Inputs<T>& inputs, int64_t value_head, Arena<T>& arena)
-      : in(inputs), head(value_head), key_head(value_head / (inputs.value_heads / inputs.heads)), K(in.K), V(in.V), Kp(padded<T>(in.K)), most(in.chunk()), columns(padded<T>(writes_of(most, in.n))) {
+  Chunk(const Inputs<T>& inputs, Arena<T>& arena)
+      : in(inputs), K(in.K), V(in.V), Kp(padded<T>(in.K)), most(in.chunk()), columns(padded<T>(writes_of(most, in.n))) {
     const int64_t rows = most + reads_of(most, in.n);
     start = arena.take(most * (channel ? Kp : 1));
     inner = arena.take(most * (channel ? Kp : 1));
@@ -122,26 +122,24 @@ struct Chunk {
     whole = arena.take(Kp);
   }
 
+  void at(int64_t value_head) {
+    head = value_head;
+    key_head = value_head / (in.value_heads / in.heads);
+  }
   const T* query(int64_t i) const { return in.q + ((begin + i) * in.heads + key_head) * K; }
   const T* key(int64_t row) const { return in.k + ((begin * in.n + row) * in.heads + key_head) * K; }
   const T* low_rank(const T* x, int64_t i) const { return x + ((begin + i) * in.heads + key_head) * K; }
   const T* value(int64_t row) const { return in.v + ((begin * in.n + row) * in.value_heads + head) * V; }
   int64_t rate_stride() const { return in.value_heads; }
 
-  // Asks for the inputs of the tokens before `end` of a chunk that starts at token `first`.
+  // Asks for the rows of tokens first .. end - 1 of this head.
   void expect(int64_t first, int64_t end) const {
-    for (int64_t t = first; t < std::min(end, first + most); ++t) {
-      const int64_t place = (t * in.heads + key_head) * K;
-      prefetch(in.q + place, K);
-      for (int64_t j = 0; j < in.n; ++j) {
-        prefetch(in.k + ((t * in.n + j) * in.heads + key_head) * K, K);
-        prefetch(in.v + ((t * in.n + j) * in.value_heads + head) * V, V);
+    for (int64_t t = first; t < end; ++t) {
+      prefetch(in.q + (t * in.heads + key_head) * K, K);
+      for (int64_t row = t * in.n; row < (t + 1) * in.n; ++row) {
+        prefetch(in.k + (row * in.heads + key_head) * K, K);
+        prefetch(in.v + (row * in.value_heads + head) * V, V);
       }
-      if (removal == Removal::low_rank) {
-        prefetch(in.a + place, K);
-        prefetch(in.b + place, K);
-      }
-      if (gated) prefetch(in.g + (t * in.value_heads + head) * (channel ? K : 1), channel ? K : 1);
     }
   }
 
@@ -302,34 +300,45 @@ struct Chunk {
     chunk.make_grams();                                                                                                \
   }
 
-// Columns [first, first + width) of the outputs (tokens, value heads, V) and of the final state (K, V) of one head of one sequence.
+// Some value heads of one sequence. They go through the tokens together, since their rows lie side by side.
+struct Heads {
+  int64_t sequence, begin, count;
+};
+
+// Columns [first, first + width) of the outputs (tokens, value heads, V) and of the final states (K, V) of some heads.
 template <class T, Gate gate, Removal removal>
-void forward_head(const Inputs<T>& in, int64_t sequence, int64_t head, int64_t first, int64_t width, T* out, T* final_state) {
+void forward_heads(const Inputs<T>& in, const Heads& heads, int64_t first, int64_t width, T* out, T* final_state) {
   using C = Chunk<T, gate, removal>;
-  const int64_t ld = padded<T>(width), c = in.chunk(), rows = c + C::reads_of(c, in.n), writes = C::writes_of(c, in.n);
+  const int64_t ld = padded<T>(width), most = in.chunk(), rows = most + C::reads_of(most, in.n), writes = C::writes_of(most, in.n);
   const bool direct = ld == width;  // the state can live where it is returned
-  Arena<T> arena(C::size(in) + (rows + writes + (direct ? 0 : in.K)) * ld + 64);
-  C chunk(in, head, arena);
+  const int64_t lds = direct ? in.V : ld, begin = in.offsets[heads.sequence], end = in.offsets[heads.sequence + 1];
+  Arena<T> arena(C::size(in) + (rows + writes + (direct ? 0 : in.K * heads.count)) * ld + 64);
+  C chunk(in, arena);
   T *work = arena.take(rows * ld), *x = arena.take(writes * ld);
-  const int64_t place = (sequence * in.value_heads + head) * in.K * in.V + first, lds = direct ? in.V : ld;
-  T* state = direct ? final_state + place : arena.take(in.K * ld);
-  const T* initial = in.state != nullptr ? in.state + place : nullptr;
-  const int64_t begin = in.offsets[sequence], end = in.offsets[sequence + 1];
-  const bool in_place = !direct || initial == nullptr || begin == end;
-  if (in_place) {
+  T* own = arena.take(direct ? 0 : in.K * heads.count * ld);
+  const int64_t place = (heads.sequence * in.value_heads + heads.begin) * in.K * in.V + first;
+  const auto state_of = [&](int64_t h) { return direct ? final_state + place + h * in.K * in.V : own + h * in.K * ld; };
+  const bool straight = direct && in.state != nullptr && begin < end;  // the first chunk reads the state where it is given
+  for (int64_t h = 0; h < heads.count && !straight; ++h) {
     for (int64_t k = 0; k < in.K; ++k) {
-      if (initial != nullptr) std::copy_n(initial + k * in.V, width, state + k * lds);
-      else std::fill_n(state + k * lds, width, T(0));
+      if (in.state != nullptr) std::copy_n(in.state + place + (h * in.K + k) * in.V, width, state_of(h) + k * lds);
+      else std::fill_n(state_of(h) + k * lds, width, T(0));
     }
   }
-  for (int64_t t = begin; t < end; t += chunk.c) {
-    make_chunk(chunk, t, end - t);
-    chunk.expect(t + chunk.c, end);
-    const bool fresh = t == begin && !in_place;
-    chunk.advance(fresh ? initial : state, fresh ? in.V : lds, state, lds, first, width, work, x);
-    copy_rows(out + (t * in.value_heads + head) * in.V + first, in.value_heads * in.V, work, ld, chunk.c, width);
+  for (int64_t window = begin; window < end; window += most) {
+    const int64_t stop = std::min(end, window + most);
+    for (int64_t h = 0; h < heads.count; ++h) {
+      chunk.at(heads.begin + h);
+      chunk.expect(stop, std::min(end, stop + most));
+      for (int64_t t = window; t < stop; t += chunk.c) {
+        make_chunk(chunk, t, stop - t);
+        const T* before = straight && t == begin ? in.state + place + h * in.K * in.V : state_of(h);
+        chunk.advance(before, lds, state_of(h), lds, first, width, work, x);
+        copy_rows(out + (t * in.value_heads + chunk.head) * in.V + first, in.value_heads * in.V, work, ld, chunk.c, width);
+      }
+    }
   }
-  if (!direct) copy_rows(final_state + place, in.V, state, ld, in.K, width);
+  for (int64_t h = 0; h < heads.count && !direct; ++h) copy_rows(final_state + place + h * in.K * in.V, in.V, state_of(h), ld, in.K, width);
 }
 
 }  // namespace phyla::linear_rnn

@@ -22,25 +22,25 @@ struct ChunkBackward : Chunk<T, gate, removal> {
 
   const Gradients<T>& to;
   int64_t Vp;
-  T *rows, *d_values, *values_t, *d_gram, *state_t, *d_state, *d_state_t;
+  T *rows, *d_values, *values_t, *d_gram, *state_t, *d_state_t;
+  T* d_state = nullptr;  // of the head at hand
   T *d_state_rows, *d_gram_rows, *d_end_rows, *d_inverse_rows;
   T *d_start, *d_inner;  // of the logarithms of the decays `start` and `inner`, as those are laid out
   T *d_row;
 
   static int64_t size(const Inputs<T>& in) {
     const int64_t c = in.chunk(), rows = c + C::reads_of(c, in.n), columns = padded<T>(C::writes_of(c, in.n)), Kp = padded<T>(in.K), Vp = padded<T>(in.V);
-    return C::size(in) + (rows + columns + Kp) * Vp + Vp * columns + rows * columns + 2 * Vp * Kp + 2 * (rows + columns) * Kp + (2 * c + 1) * Kp + 2 * c + columns + 16 * 16;
+    return C::size(in) + (rows + columns) * Vp + Vp * columns + rows * columns + 2 * Vp * Kp + 2 * (rows + columns) * Kp + (2 * c + 1) * Kp + 2 * c + columns + 16 * 16;
   }
 
-  ChunkBackward(const Inputs<T>& inputs, const Gradients<T>& gradients, int64_t value_head, Arena<T>& arena)
-      : C(inputs, value_head, arena), to(gradients), Vp(padded<T>(in.V)) {
+  ChunkBackward(const Inputs<T>& inputs, const Gradients<T>& gradients, Arena<T>& arena)
+      : C(inputs, arena), to(gradients), Vp(padded<T>(in.V)) {
     const int64_t readings = most + C::reads_of(most, in.n);
     rows = arena.take(readings * Vp);
     d_values = arena.take(columns * Vp);
     values_t = arena.take(Vp * columns);
     d_gram = arena.take(readings * columns);
     state_t = arena.take(Vp * Kp);
-    d_state = arena.take(Kp * Vp);
     d_state_t = arena.take(Vp * Kp);
     d_state_rows = arena.take(readings * Kp);
     d_gram_rows = gated ? arena.take(readings * Kp) : d_state_rows;
@@ -53,14 +53,9 @@ struct ChunkBackward : Chunk<T, gate, removal> {
 
   // What a chunk leaves for its gradient: the state before it, the Gram matrices, outputs and what read rows found, what the writes added.
   struct Record {
-    int64_t begin, tokens;
+    int64_t head, begin, tokens;
     T *state, *gram, *work, *values;
   };
-
-  void expect_backward(const Record& record) const {
-    C::expect(record.begin, record.begin + record.tokens);
-    for (int64_t t = record.begin; t < record.begin + record.tokens; ++t) prefetch(to.out + (t * in.value_heads + head) * V, V);
-  }
 
   // From the gradient of the state after the chunk, in `d_state`, that of the state before it and of all inputs of its tokens.
   void pull(const Record& record) {
@@ -243,65 +238,82 @@ struct ChunkBackward : Chunk<T, gate, removal> {
   }                                                                                                                                   \
   PHYLA_CLONES void pull_chunk(ChunkBackward<T, Gate::GATE, Removal::REMOVAL>& chunk, const T* gram) { chunk.pull_inputs(gram); }
 
-// Gradients of one head of one sequence.
+// Gradients of some heads of one sequence.
 template <class T, Gate gate, Removal removal>
-void backward_head(const Inputs<T>& in, const Gradients<T>& to, int64_t sequence, int64_t head) {
+void backward_heads(const Inputs<T>& in, const Gradients<T>& to, const Heads& heads) {
   using C = ChunkBackward<T, gate, removal>;
   using Record = typename C::Record;
-  constexpr int64_t budget = int64_t(8) << 20;
-  const int64_t end = in.offsets[sequence + 1], most = in.chunk(), Kp = padded<T>(in.K), Vp = padded<T>(in.V);
-  const int64_t place = (sequence * in.value_heads + head) * in.K * in.V, state_size = Kp * Vp;
+  constexpr int64_t budget = int64_t(24) << 20;
+  const int64_t begin = in.offsets[heads.sequence], end = in.offsets[heads.sequence + 1], most = in.chunk(), n = heads.count;
+  const int64_t Kp = padded<T>(in.K), Vp = padded<T>(in.V), state_size = Kp * Vp;
   const int64_t readings = most + C::reads_of(most, in.n), columns = padded<T>(C::writes_of(most, in.n));
   const int64_t record_size = state_size + readings * columns + readings * Vp + columns * Vp;
-  const int64_t least = gate == Gate::channel ? 1 : std::max<int64_t>(1, most), chunks = (end - in.offsets[sequence] + least - 1) / least;
-  const int64_t slots = std::max<int64_t>(1, std::min(chunks, budget / int64_t(sizeof(T)) / record_size));
-  Arena<T> arena(C::size(in)), memory(slots * record_size + state_size);
-  C chunk(in, to, head, arena);
-  std::vector<Record> records;
-  for (int64_t i = 0; i < slots; ++i) {
-    T *state = memory.take(state_size), *gram = memory.take(readings * columns), *work = memory.take(readings * Vp);
-    records.push_back({0, 0, state, gram, work, memory.take(columns * Vp)});
+  // Records of one window of tokens, at most, and of all that are kept at a time.
+  const int64_t window_records = n * (gate == Gate::channel ? most : 1), windows = most > 0 ? (end - begin + most - 1) / most : 0;
+  const int64_t slots = std::max<int64_t>(1, std::min(windows, budget / int64_t(sizeof(T)) / record_size / std::max<int64_t>(1, window_records))) * window_records;
+  Arena<T> arena(C::size(in)), memory(slots * record_size + 2 * n * state_size);
+  C chunk(in, to, arena);
+  T *starts = memory.take(n * state_size), *d_states = memory.take(n * state_size), *tape = memory.next;
+  std::fill_n(starts, n * state_size, T(0));
+  const int64_t place = (heads.sequence * in.value_heads + heads.begin) * in.K * in.V;
+  for (int64_t h = 0; h < n; ++h) {
+    const int64_t at = place + h * in.K * in.V;
+    if (in.state != nullptr) copy_rows(starts + h * state_size, Vp, in.state + at, in.V, in.K, in.V);
+    copy_rows(d_states + h * state_size, Vp, to.final_state + at, in.V, in.K, in.V);
   }
-  T *first = records[0].state, *after_last = memory.take(state_size);
-  std::fill_n(first, state_size, T(0));
-  if (in.state != nullptr) copy_rows(first, Vp, in.state + place, in.V, in.K, in.V);
 
-  // Records chunks from token t on, whose state is in the first record, until memory or tokens end; returns the token after them.
-  int64_t recorded = 0;
+  std::vector<Record> records;
+  std::vector<T*> states(n);
+  // Records the chunks of windows from token t on, with the heads' states in `starts`, until memory or tokens end; returns the token after.
   const auto record = [&](int64_t t) {
-    for (recorded = 0; recorded < slots && t < end; t += chunk.c) {
-      Record& r = records[recorded++];
-      chunk.gram = r.gram;
-      make_chunk(chunk, t, end - t);
-      chunk.expect(t + chunk.c, end);
-      chunk.advance(r.state, Vp, recorded < slots ? records[recorded].state : after_last, Vp, 0, in.V, r.work, r.values);
-      r.begin = t;
-      r.tokens = chunk.c;
+    records.clear();
+    memory.next = tape;
+    for (int64_t h = 0; h < n; ++h) states[h] = starts + h * state_size;
+    for (; t < end && int64_t(records.size()) + window_records <= slots; t = std::min(end, t + most)) {
+      const int64_t stop = std::min(end, t + most);
+      for (int64_t h = 0; h < n; ++h) {
+        chunk.at(heads.begin + h);
+        chunk.expect(stop, std::min(end, stop + most));
+        for (int64_t token = t; token < stop; token += chunk.c) {
+          T *after = memory.take(state_size), *gram = memory.take(readings * columns), *work = memory.take(readings * Vp);
+          const Record r{h, token, 0, states[h], gram, work, memory.take(columns * Vp)};
+          chunk.gram = gram;
+          make_chunk(chunk, token, stop - token);
+          chunk.advance(r.state, Vp, after, Vp, 0, in.V, r.work, r.values);
+          states[h] = after;
+          records.push_back(r);
+          records.back().tokens = chunk.c;
+        }
+      }
     }
     return t;
   };
-  std::vector<std::vector<T>> checkpoints;  // the states before each block
-  std::vector<int64_t> starts;
-  for (int64_t t = in.offsets[sequence]; t < end;) {
-    if (!starts.empty()) std::copy_n(after_last, state_size, first);
-    checkpoints.emplace_back(first, first + state_size);
-    starts.push_back(t);
+  struct Checkpoint {
+    int64_t token;
+    std::vector<T> states;
+  };
+  std::vector<Checkpoint> blocks;
+  for (int64_t t = begin; t < end;) {
+    blocks.push_back({t, std::vector<T>(starts, starts + n * state_size)});
     t = record(t);
+    for (int64_t h = 0; h < n && t < end; ++h) std::copy_n(states[h], state_size, starts + h * state_size);
   }
-  copy_rows(chunk.d_state, Vp, to.final_state + place, in.V, in.K, in.V);
-  for (int64_t block = int64_t(starts.size()) - 1; block >= 0; --block) {
-    if (block + 1 < int64_t(starts.size())) {  // the last block is still recorded
-      std::copy_n(checkpoints[block].data(), state_size, first);
-      record(starts[block]);
+  for (size_t left = blocks.size(); left > 0; --left) {
+    if (left < blocks.size()) {  // the last block is still recorded
+      std::copy_n(blocks[left - 1].states.data(), n * state_size, starts);
+      record(blocks[left - 1].token);
     }
-    while (recorded > 0) {
-      const Record& r = records[--recorded];
-      make_rows(chunk, r.begin, r.tokens);
-      if (recorded > 0) chunk.expect_backward(records[recorded - 1]);
-      chunk.pull(r);
+    for (auto r = records.rbegin(); r != records.rend(); ++r) {
+      chunk.at(heads.begin + r->head);
+      chunk.d_state = d_states + r->head * state_size;
+      const int64_t earlier = std::max(begin, r->begin - most);
+      chunk.expect(earlier, r->begin);
+      for (int64_t t = earlier; t < r->begin; ++t) prefetch(to.out + (t * in.value_heads + chunk.head) * in.V, in.V);
+      make_rows(chunk, r->begin, r->tokens);
+      chunk.pull(*r);
     }
   }
-  copy_rows(to.state + place, in.V, chunk.d_state, Vp, in.K, in.V);
+  for (int64_t h = 0; h < n; ++h) copy_rows(to.state + place + h * in.K * in.V, in.V, d_states + h * state_size, Vp, in.K, in.V);
 }
 
 }  // namespace phyla::linear_rnn

@@ -42,18 +42,29 @@ auto dispatch_gate(const Maybe& g, Fn&& fn) {
   return fn(std::integral_constant<Gate, Gate::channel>());
 }
 
-// Runs `head(sequence, head, first column, columns)` over all heads of all sequences; where there are fewer of them than threads, over
-// ranges of columns too, whose arithmetic is the same wherever they are cut.
+// Runs `fn(heads)` over groups of up to eight heads of each sequence, fewer where there would be less groups than threads. What is computed
+// for a head does not depend on its group.
 template <class T, class Fn>
-void over_heads(const Inputs<T>& in, const Fn& head) {
-  constexpr int64_t unit = 128 / sizeof(T);
+void over_heads(const Inputs<T>& in, const Fn& fn) {
   const int64_t tasks = in.sequences() * in.value_heads, threads = torch::stable::get_num_threads();
-  const int64_t most = std::max<int64_t>(1, in.V / unit), wanted = tasks == 0 ? 1 : (threads + tasks - 1) / tasks;
-  const int64_t width = (in.V / unit + std::min(most, wanted) - 1) / std::min(most, wanted) * unit;
-  const int64_t pieces = width == 0 ? 1 : std::max<int64_t>(1, in.V / width);
+  const int64_t size = std::clamp<int64_t>(tasks / threads, 1, 8), groups = (in.value_heads + size - 1) / size;
+  parallel_units(in.sequences() * groups, [&](int64_t u) {
+    const int64_t begin = u % groups * size;
+    fn(Heads{u / groups, begin, std::min(size, in.value_heads - begin)});
+  });
+}
+// `fn(heads, first column, columns)`: where there are fewer heads than threads, over ranges of columns too, whose arithmetic is the same
+// wherever they are cut at whole tiles.
+template <class T, class Fn>
+void over_heads_and_columns(const Inputs<T>& in, const Fn& fn) {
+  constexpr int64_t tile = 128 / sizeof(T);
+  const int64_t tasks = in.sequences() * in.value_heads, threads = torch::stable::get_num_threads(), tiles = in.V / tile;
+  if (tasks >= threads || tasks == 0 || tiles < 2) return over_heads(in, [&](const Heads& heads) { fn(heads, 0, in.V); });
+  const int64_t wanted = std::min(tiles, (threads + tasks - 1) / tasks), width = (tiles + wanted - 1) / wanted * tile;
+  const int64_t pieces = std::max<int64_t>(1, in.V / width);
   parallel_units(tasks * pieces, [&](int64_t u) {
-    const int64_t task = u / pieces, piece = u % pieces, first = piece * width;
-    head(task / in.value_heads, task % in.value_heads, first, piece + 1 == pieces ? in.V - first : width);
+    const int64_t task = u / pieces, first = u % pieces * width;
+    fn(Heads{task / in.value_heads, task % in.value_heads, 1}, first, u % pieces + 1 == pieces ? in.V - first : width);
   });
 }
 
@@ -110,15 +121,13 @@ template <class T, Gate gate, Removal removal>
 std::tuple<Tensor, Tensor> forward(const Inputs<T>& in, int64_t batch, int64_t tokens) {
   Tensor out = empty<T>({batch, tokens, in.value_heads, in.V}), final_state = empty<T>({in.sequences(), in.value_heads, in.K, in.V});
   T *outs = mutable_data<T>(out), *states = mutable_data<T>(final_state);
-  over_heads(in, [&](int64_t sequence, int64_t head, int64_t first, int64_t width) {
-    forward_head<T, gate, removal>(in, sequence, head, first, width, outs, states);
-  });
+  over_heads_and_columns(
+      in, [&](const Heads& heads, int64_t first, int64_t width) { forward_heads<T, gate, removal>(in, heads, first, width, outs, states); });
   return {out, final_state};
 }
 template <class T, Gate gate, Removal removal>
 void backward(const Inputs<T>& in, const Gradients<T>& to) {
-  parallel_units(in.sequences() * in.value_heads,
-                 [&](int64_t u) { backward_head<T, gate, removal>(in, to, u / in.value_heads, u % in.value_heads); });
+  over_heads(in, [&](const Heads& heads) { backward_heads<T, gate, removal>(in, to, heads); });
 }
 
 }  // namespace phyla::linear_rnn
