@@ -117,7 +117,7 @@ WRITERS = (
     Model("RWKV-7", lambda width, layer: RWKV7(width, head_dim=width // 2, layer_idx=layer, num_layers=DEPTH), 1e-2, quick=False),
     Model("mLSTM", lambda width, _: MLSTM(width, num_heads=2, expand=1.0), 1e-2, quick=False),
     Model("GLA", lambda width, _: GatedLinearAttention(width, num_heads=2, use_short_conv=True), 1e-2, quick=False),
-    Model("Mamba-2", lambda width, _: Mamba2(width, state_size=32, head_dim=32), 1e-2),
+    Model("Mamba-2", lambda width, _: Mamba2(width, state_size=32, head_dim=32), 1e-2, quick=False),
     Model("GRU", GRU, 1e-2, baseline=True),
 )
 
@@ -341,7 +341,7 @@ def contestants(context: Context, models: Sequence[Model]) -> tuple[Model, ...]:
 
 def writing(context: Context, seeds: Sequence[int], corpus: Corpus) -> tuple[Board, tuple[Table, ...]]:
     """Train every language model; return their bits per character, the count models' and what they write."""
-    size, steps = context.pick(*WRITER_SIZES), context.pick(150, 3000)
+    size, steps = context.pick(*WRITER_SIZES), context.pick(70, 3000)
     measurements, samples = [], []
     for model in contestants(context, WRITERS):
         trial = context.trial(f"language: {model.name}", write, model.name, *size, seeds, context.pick((model.rate,), RATES), steps)
