@@ -41,6 +41,15 @@ TESTS = {package: (None, package) for package in PACKAGES} | {
 }
 
 
+def kernel_tests(name: str) -> list[str]:
+    """The package's test files that put kernels through the battery."""
+    folder = PACKAGES[name]
+    return [str(file.relative_to(folder)) for file in sorted((folder / "tests").rglob("test_*.py")) if "check_kernel" in file.read_text()]
+
+
+WITH_KERNELS = [name for name in PACKAGES if kernel_tests(name)]
+
+
 def needs(name: str) -> list[str]:
     """The package and every phyla package that it depends on, the deepest first."""
     required = {Requirement(line).name for line in PROJECTS[name]["project"]["dependencies"]}
@@ -147,8 +156,9 @@ def integration(session: nox.Session) -> None:
 
 
 @nox.session
-def sanitize(session: nox.Session) -> None:
-    """The tests of kernels, with the native kernels built under the address and undefined-behaviour sanitizers."""
+@nox.parametrize("package", WITH_KERNELS, ids=WITH_KERNELS)
+def sanitize(session: nox.Session, package: str) -> None:
+    """The tests of a package's kernels, with the native kernels built under the address and undefined-behaviour sanitizers."""
     locate = [["gcc", f"-print-file-name={runtime}"] for runtime in ("libasan.so", "libubsan.so")]
     runtimes = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in locate]
     settings = {
@@ -158,11 +168,8 @@ def sanitize(session: nox.Session) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
-    for name, folder in PACKAGES.items():
-        files = [file for file in sorted((folder / "tests").rglob("test_*.py")) if "check_kernel" in file.read_text()]
-        if files:
-            install(session, [name], *groups([name], "test"), sanitized=True)
-            pytest(session, name, *(str(file.relative_to(folder)) for file in files), *session.posargs, **settings)
+    install(session, [package], *groups([package], "test"), sanitized=True)
+    pytest(session, package, *kernel_tests(package), *session.posargs, **settings)
 
 
 @nox.session

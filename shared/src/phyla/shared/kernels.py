@@ -157,7 +157,15 @@ class Kernel:
             # Off the CPU the compiler fuses the composite better than an opaque op; Dynamo refuses a custom jvp and one tensor given twice.
             args = tuple(a.view_as(a) if isinstance(a, Tensor) and any(a is b for b in args[:i]) else a for i, a in enumerate(args))
             return self._traced.apply(*args) if kind == "cpu" else self.plain(*args)
-        return self._eager.apply(*args)
+        if self._watched(args):
+            return self._eager.apply(*args)
+        return _cast(self.op(*_compute(args)), args[0].dtype)
+
+    def _watched(self, args: Sequence[Any]) -> bool:
+        """Whether autograd, forward mode or a ``torch.func`` transform has to see the call; the bare op is some 80 microseconds faster."""
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+            return True
+        return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self._differentiable)
 
     def plain(self, *args: Any) -> Any:
         """The composite under the op's rules on dtypes: differentiable to any order, on any device."""
@@ -216,11 +224,13 @@ def _of(function: Callable[..., Any], args: Sequence[Any], places: Sequence[int]
 def _compute(args: Sequence[Any]) -> tuple[Any, ...]:
     """All floating tensors in one compute dtype: float64 if the first argument is, else float32."""
     dtype = torch.float64 if args[0].dtype == torch.float64 else torch.float32
-    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.dtype != dtype and a.is_floating_point() else a for a in args)
 
 
 def _cast(out: Any, dtype: torch.dtype) -> Any:
-    return tuple(o.to(dtype) for o in out) if isinstance(out, tuple | list) else out.to(dtype)
+    if isinstance(out, tuple | list):
+        return tuple(o if o.dtype == dtype else o.to(dtype) for o in out)
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 def _first_order(
