@@ -22,11 +22,7 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_an_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    assert capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("threads")
-def test_the_spirals_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "afkan_classifier.py"))
-    accuracy = float(capsys.readouterr().out.split()[1])
-    assert accuracy > 0.9
+    printed = capsys.readouterr().out
+    assert printed
+    if name == "afkan_classifier.py":
+        assert float(printed.split()[1]) > 0.9, "the spirals are told apart"

@@ -9,14 +9,14 @@ the rate with 10 % warm-up, gradient norm 1, fresh data every step.
     exact       words of 20,000 tokens whose reflections are given: permutations of five things, rotations by sevenths
     decoding    greedy generation from states against argmax over the whole text, recomputed for every token
 
-Run: python benchmarks/acceptance_tracking.py [--only TEXT]. It exits with an error where a bound is missed.
+Run: python benchmarks/acceptance_tracking.py [--only TEXT] [--seeds 3 4 5]. It exits with an error where a bound is missed.
 """
 
 import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -38,7 +38,6 @@ from phyla.linear_rnn.analysis import householder_factors
 from phyla.linear_rnn.functional import delta_product
 from phyla.linear_rnn.tasks import TaskBatch, group_elements, group_word_problem, length_extrapolation, mqar, parity
 
-SEEDS = (0, 1, 2)
 Row = tuple[str, str, str, bool]
 """What was measured, the figure, the bound, and whether it is met."""
 
@@ -85,33 +84,33 @@ def tracker(width: int, n: int, negative: bool = True) -> DeltaProduct:
     )
 
 
-def parity_rows() -> Iterator[Row]:
+def parity_rows(seeds: Sequence[int]) -> Iterator[Row]:
     recipe = {"width": 32, "tokens": 2, "length": 16, "batch": 128, "steps": 300, "rate": 1e-2}
     for negative in (True, False):
-        found = [accuracy(trained(parity, partial(tracker, 32, 1, negative), seed=seed, **recipe), parity, 64) for seed in SEEDS]
+        found = [accuracy(trained(parity, partial(tracker, 32, 1, negative), seed=seed, **recipe), parity, 64) for seed in seeds]
         middle = statistics.median(found)
         bound, met = (">= 0.99", middle >= 0.99) if negative else ("<= 0.65", middle <= 0.65)
         yield f"parity, eigenvalues in [{-1 if negative else 0}, 1]", shown(found), f"median {bound}", met
 
 
-def s3_rows() -> Iterator[Row]:
+def s3_rows(seeds: Sequence[int]) -> Iterator[Row]:
     recipe = {"width": 64, "tokens": 6, "length": 32, "batch": 128, "steps": 260, "rate": 5e-3}
     for n in (2, 1):
-        models = [trained(group_word_problem, partial(tracker, 64, n), seed=seed, **recipe) for seed in SEEDS]
+        models = [trained(group_word_problem, partial(tracker, 64, n), seed=seed, **recipe) for seed in seeds]
         found = [accuracy(model, group_word_problem, 64) for model in models]
-        bound, met = ("two >= 0.99", sorted(found)[1] >= 0.99) if n == 2 else ("all <= 0.7", max(found) <= 0.7)
+        bound, met = ("two >= 0.99", sorted(found)[-2:][0] >= 0.99) if n == 2 else ("all <= 0.7", max(found) <= 0.7)
         yield f"S3 word problem, n = {n}, length 64", shown(found), bound, met
         if n == 2:
             yield "the same at length 128", shown([accuracy(model, group_word_problem, 128) for model in models]), "", True
 
 
-def recall_rows() -> Iterator[Row]:
+def recall_rows(seeds: Sequence[int]) -> Iterator[Row]:
     draw = partial(mqar, vocab_size=64, num_pairs=12)
     recipe = {"width": 32, "tokens": 64, "length": 48, "batch": 64, "steps": 400, "rate": 1e-2}
-    found = [accuracy(trained(draw, partial(DeltaNet, 32, num_heads=1), seed=seed, **recipe), draw, 48) for seed in SEEDS]
+    found = [accuracy(trained(draw, partial(DeltaNet, 32, num_heads=1), seed=seed, **recipe), draw, 48) for seed in seeds]
     yield "recall of 12 pairs", shown(found), "all >= 0.97", min(found) >= 0.97
     gla = partial(GatedLinearAttention, 32, num_heads=1, expand_k=1.0, use_short_conv=True)
-    found = [accuracy(trained(draw, gla, seed=seed, **recipe), draw, 48) for seed in SEEDS]
+    found = [accuracy(trained(draw, gla, seed=seed, **recipe), draw, 48) for seed in seeds]
     yield "the same by gated linear attention", shown(found), "", True
 
 
@@ -178,16 +177,19 @@ def decoding_rows() -> Iterator[Row]:
         yield f"decoding with a state, {name}", f"{100 * same:.1f} % of 120 tokens", "100 %", same == 1.0
 
 
-EXPERIMENTS = {"parity": parity_rows, "S3": s3_rows, "recall": recall_rows, "exact": exact_rows, "decoding": decoding_rows}
+TRAINED = {"parity": parity_rows, "S3": s3_rows, "recall": recall_rows}
+UNTRAINED = {"exact": exact_rows, "decoding": decoding_rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--only", default="", help=f"experiments whose name holds this text, of {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--only", default="", help=f"experiments whose name holds this text, of {', '.join(TRAINED | UNTRAINED)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trained models")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the models are too small for more
     missed = []
-    for name, experiment in EXPERIMENTS.items():
+    experiments = {name: partial(rows, args.seeds) for name, rows in TRAINED.items()} | UNTRAINED
+    for name, experiment in experiments.items():
         if args.only in name:
             start = time.perf_counter()
             for what, figure, bound, met in experiment():
