@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from phyla.shared import checks
-from phyla.shared.kernels import Kernel, status
+from phyla.shared.kernels import Kernel, Op, status
 from phyla.shared.testing import check_kernel, fuzz
 
 X, W = torch.linspace(-2, 2, 12, dtype=torch.float64).view(4, 3), torch.tensor(1.5, dtype=torch.float64)
@@ -41,6 +41,21 @@ def test_several_outputs_pass_the_battery() -> None:
         fake=lambda r, angle: (torch.empty_like(r), torch.empty_like(r)),
     )
     check_kernel(kernel, X, X.flip(0).clone(), batch=(0, 1))
+
+
+def test_an_op_without_gradients_keeps_its_dtypes_and_compiles() -> None:
+    count = Op(
+        "phyla_plain::count_negative(Tensor x, Tensor weight) -> Tensor",
+        lambda x, weight: ((x < 0) * weight).sum(-1, dtype=torch.int32),
+        fake=lambda x, weight: x.new_empty(x.shape[:-1], dtype=torch.int32),
+    )
+    weight = torch.ones(3, dtype=torch.int64)
+    assert not count.native
+    assert torch.equal(count(X, weight), (X < 0).sum(-1, dtype=torch.int32))
+    assert torch.equal(torch.compile(count, fullgraph=True)(X, weight), count(X, weight))
+    torch.library.opcheck(count.op, (X, weight))
+    with pytest.raises(ValueError, match=r"weight: expected a tensor on cpu, got one on meta"):
+        count(X, weight.to("meta"))
 
 
 def test_only_the_arguments_are_saved(cubic: Kernel) -> None:
@@ -105,7 +120,7 @@ def test_status_tells_native_and_composite(cubic: Kernel) -> None:
 
 PROGRAM = """
 import torch
-from phyla.shared.kernels import Kernel, status
+from phyla.shared.kernels import Kernel, Op, status
 k = Kernel("phyla_selftest::cubic(Tensor x, Tensor w) -> Tensor", lambda x, w: w * x**3, differentiable=("x", "w"), fake=lambda x, w: x)
 print(status()["phyla.selftest"].reason, float(k(torch.tensor(2.0), torch.tensor(3.0))))
 """

@@ -9,7 +9,7 @@ from phyla.bench import systems
 
 def test_every_system_names_things_that_exist_in_its_package():
     found = systems.systems()
-    assert {"kan_family", "linear_rnn"} <= {system.package for system in found}
+    assert {"kan_family", "linear_rnn", "quantized"} <= {system.package for system in found}
     for system in found:
         package = importlib.import_module(f"phyla.{system.package}")
         assert system.name

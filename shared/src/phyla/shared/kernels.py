@@ -39,14 +39,14 @@ class Status:
 
 
 _libraries: dict[str, Status] = {}
-_kernels: list[Kernel] = []
+_ops: list[Op] = []
 
 
 def status() -> dict[str, Status]:
     """For each imported package that has kernels: native or composite, and why. Keys are import names such as ``phyla.kan_family``."""
     report = {}
     for namespace, loaded in _libraries.items():
-        ops = tuple(sorted(k.name for k in _kernels if k.namespace == namespace and k.native))
+        ops = tuple(sorted(op.name for op in _ops if op.namespace == namespace and op.native))
         report[namespace.replace("phyla_", "phyla.", 1)] = Status(loaded.native, loaded.reason, ops)
     return report
 
@@ -75,7 +75,58 @@ def _load(namespace: str) -> Status:
     return Status(True, "native")
 
 
-class Kernel:
+class Op:
+    """One op that nothing differentiates, such as arithmetic on packed bits: a composite, and a native kernel where the library has one.
+
+    The op ``ns::name`` is registered with torch; it runs under ``torch.compile(fullgraph=True)``, ``torch.export`` and fake tensors.
+
+    Args:
+        schema: torch schema, such as ``"phyla_quantized::pack(Tensor x) -> Tensor"``. The namespace names the package.
+        composite: plain torch function of the same positional arguments.
+        fake: function of the same arguments that returns empty contiguous outputs; it must not branch on sizes.
+
+    Source: torch's custom-operator manual.
+    """
+
+    def __init__(self, schema: str, composite: Callable[..., Any], *, fake: Callable[..., Any]) -> None:
+        parsed = torch._C.parse_schema(schema)
+        self.namespace, self.name = parsed.name.split("::")
+        self.composite = composite
+        self._names = [a.name for a in parsed.arguments]
+        if self.namespace not in _libraries:
+            _libraries[self.namespace] = _load(self.namespace)
+        self._library = cast(Any, torch.library.Library)(self.namespace, "FRAGMENT")
+        self.op: Any = self._register(schema[schema.index("::") + 2 :], composite, fake)
+        _ops.append(self)
+
+    def _register(self, schema: str, composite: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+        name = schema[: schema.index("(")]
+        self._library.define(schema)
+        self._library.impl(name, composite, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{self.namespace}::{name}", fake, lib=self._library)
+        return getattr(getattr(torch.ops, self.namespace), name).default
+
+    @property
+    def native(self) -> bool:
+        """Whether CPU tensors run on a native kernel."""
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{self.namespace}::{self.name}", "CPU"))
+
+    def _expect_one_device(self, args: Sequence[Any]) -> None:
+        for name, a in zip(self._names, args, strict=False):
+            if isinstance(a, Tensor) and a.device != args[0].device:
+                raise ValueError(f"{name}: expected a tensor on {args[0].device}, got one on {a.device}")
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the op; positional arguments in the order of the schema.
+
+        Raises:
+            ValueError: a tensor is not on the device of the first.
+        """
+        self._expect_one_device(args)
+        return self.op(*args)
+
+
+class Kernel(Op):
     """One differentiable op: a composite that is right everywhere, and native forward and backward where the package's library has them.
 
     The op ``ns::name`` and its backward ``ns::name_backward(Tensor grad.., <arguments>, int needs) -> (Tensor, ...)`` are registered with
@@ -103,38 +154,20 @@ class Kernel:
         fake: Callable[..., Any],
         autocast: Sequence[str] = (),
     ) -> None:
-        parsed = torch._C.parse_schema(schema)
-        self.namespace, self.name = parsed.name.split("::")
-        self.composite = composite
-        names = self._names = [a.name for a in parsed.arguments]
+        super().__init__(schema, composite, fake=fake)
+        names = self._names
         unknown = [n for n in (*differentiable, *autocast) if n not in names]
         if unknown:
             raise ValueError(f"differentiable, autocast: expected names among {names}, got {unknown}")
         self._differentiable = tuple(names.index(n) for n in differentiable)
         self._autocast = tuple(names.index(n) for n in autocast)
-        self._outputs = len(parsed.returns)
-        if self.namespace not in _libraries:
-            _libraries[self.namespace] = _load(self.namespace)
+        self._outputs = len(torch._C.parse_schema(schema).returns)
         grads = ", ".join(f"Tensor grad{i}" for i in range(self._outputs))
         arguments = schema[schema.index("(") + 1 : schema.rindex("->")].rstrip().removesuffix(")")
         results = ", ".join(["Tensor"] * len(self._differentiable))
-        self._library = cast(Any, torch.library.Library)(self.namespace, "FRAGMENT")
-        self._library.define(schema[schema.index("::") + 2 :])
-        self._library.define(f"{self.name}_backward({grads}, {arguments}, int needs) -> ({results})")
-        self._library.impl(self.name, composite, "CompositeExplicitAutograd")
-        self._library.impl(f"{self.name}_backward", self._backward_composite, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{self.namespace}::{self.name}", fake, lib=self._library)
-        torch.library.register_fake(f"{self.namespace}::{self.name}_backward", self._backward_fake, lib=self._library)
-        ops = getattr(torch.ops, self.namespace)
-        self.op: Any = getattr(ops, self.name).default
-        self.backward_op: Any = getattr(ops, f"{self.name}_backward").default
+        backward = f"{self.name}_backward({grads}, {arguments}, int needs) -> ({results})"
+        self.backward_op: Any = self._register(backward, self._backward_composite, self._backward_fake)
         self._traced, self._eager = _functions(self)
-        _kernels.append(self)
-
-    @property
-    def native(self) -> bool:
-        """Whether CPU tensors run on a native kernel."""
-        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{self.namespace}::{self.name}", "CPU"))
 
     def __call__(self, *args: Any) -> Any:
         """Run the op; positional arguments in the order of the schema.
@@ -144,12 +177,10 @@ class Kernel:
         """
         first: Tensor = args[0]
         kind = first.device.type
-        for place, a in enumerate(args):
-            if isinstance(a, Tensor):
-                if a.device != first.device:
-                    raise ValueError(f"{self._names[place]}: expected a tensor on {first.device}, got one on {a.device}")
-                if place in self._differentiable and not a.is_floating_point():
-                    raise TypeError(f"{self._names[place]}: expected a floating-point tensor, got {a.dtype}")
+        self._expect_one_device(args)
+        for place in self._differentiable:
+            if args[place] is not None and not args[place].is_floating_point():
+                raise TypeError(f"{self._names[place]}: expected a floating-point tensor, got {args[place].dtype}")
         if self._autocast and torch.is_autocast_enabled(kind):
             to = torch.get_autocast_dtype(kind)
             args = tuple(a.to(to) if i in self._autocast and a is not None and a.is_floating_point() else a for i, a in enumerate(args))

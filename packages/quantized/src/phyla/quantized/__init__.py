@@ -1,0 +1,1 @@
+"""One-bit networks: binarizers for training, and inference on packed bits."""
