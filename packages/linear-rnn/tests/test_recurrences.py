@@ -59,6 +59,19 @@ def test_pieces_with_carried_state_are_the_whole(name, gate, mode):
     assert_close("state", state, final, 1e-12)
 
 
+@pytest.mark.parametrize("packing", [None, torch.tensor([0, 1, 1, 2])], ids=["batch", "packed"])
+@pytest.mark.parametrize("value_width", [16, 24, 80])  # whole units of the native kernel, which has its own path there
+@pytest.mark.parametrize(("name", "gate"), KINDS)
+def test_one_token_of_each_sequence(name, gate, value_width, packing):
+    sizes = {"tokens": 1} if packing is None else {"batch": 1, "tokens": 2, "sequences": 3}
+    case = make(name, gate, value_width=value_width, width=11, heads=2, **sizes)
+    for state in (case.state, None):
+        expected = case.oracle(*case.args, initial_state=state, cu_seqlens=packing)
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            given = None if state is None else state.to(dtype)
+            agree(case.function(*case.to(dtype).args, initial_state=given, cu_seqlens=packing), expected, tolerance)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("name", "gate"), KINDS)
 def test_packed_sequences_are_separate(name, gate, mode):

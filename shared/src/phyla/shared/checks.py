@@ -62,20 +62,21 @@ def in_range(
 
 def choice(name: str, value: object, options: Collection[str]) -> str:
     """One of `options`. Raises: TypeError if it is no str, ValueError, with the nearest option named, if it is another one."""
+    if isinstance(value, str) and value in options:
+        return value
     expected = "expected one of " + ", ".join(repr(option) for option in options)
     if not isinstance(value, str):
         raise TypeError(f"{name}: {expected}, got {type(value).__name__} {value!r}")
-    if value not in options:
-        near = difflib.get_close_matches(value, options, n=1)
-        raise ValueError(f"{name}: {expected}, got {value!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    return value
+    near = difflib.get_close_matches(value, options, n=1)
+    raise ValueError(f"{name}: {expected}, got {value!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
 
 
 def floating(name: str, tensor: object) -> Tensor:
     """A tensor of float16, bfloat16, float32 or float64. Raises: TypeError."""
-    if _tensor(name, tensor).dtype not in _FLOATING:
-        raise TypeError(f"{name}: expected a float16, bfloat16, float32 or float64 tensor, got {_where(_tensor(name, tensor))}")
-    return _tensor(name, tensor)
+    checked = _tensor(name, tensor)
+    if checked.dtype not in _FLOATING:
+        raise TypeError(f"{name}: expected a float16, bfloat16, float32 or float64 tensor, got {_where(checked)}")
+    return checked
 
 
 def last_dim(name: str, tensor: object, size: int) -> Tensor:

@@ -112,9 +112,10 @@ class Op:
         return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{self.namespace}::{self.name}", "CPU"))
 
     def _expect_one_device(self, args: Sequence[Any]) -> None:
-        for name, a in zip(self._names, args, strict=False):
-            if isinstance(a, Tensor) and a.device != args[0].device:
-                raise ValueError(f"{name}: expected a tensor on {args[0].device}, got one on {a.device}")
+        device = args[0].device
+        for place, a in enumerate(args):
+            if isinstance(a, Tensor) and a.device != device:
+                raise ValueError(f"{self._names[place]}: expected a tensor on {device}, got one on {a.device}")
 
     def __call__(self, *args: Any) -> Any:
         """Run the op; positional arguments in the order of the schema.
@@ -179,8 +180,9 @@ class Kernel(Op):
         kind = first.device.type
         self._expect_one_device(args)
         for place in self._differentiable:
-            if args[place] is not None and not args[place].is_floating_point():
-                raise TypeError(f"{self._names[place]}: expected a floating-point tensor, got {args[place].dtype}")
+            a = args[place]
+            if a is not None and not a.is_floating_point():
+                raise TypeError(f"{self._names[place]}: expected a floating-point tensor, got {a.dtype}")
         if self._autocast and torch.is_autocast_enabled(kind):
             to = torch.get_autocast_dtype(kind)
             args = tuple(a.to(to) if i in self._autocast and a is not None and a.is_floating_point() else a for i, a in enumerate(args))
@@ -255,12 +257,12 @@ def _of(function: Callable[..., Any], args: Sequence[Any], places: Sequence[int]
 def _compute(args: Sequence[Any]) -> tuple[Any, ...]:
     """All floating tensors in one compute dtype: float64 if the first argument is, else float32."""
     dtype = torch.float64 if args[0].dtype == torch.float64 else torch.float32
-    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.dtype != dtype and a.is_floating_point() else a for a in args)
+    return tuple([a.to(dtype) if isinstance(a, Tensor) and a.dtype != dtype and a.is_floating_point() else a for a in args])
 
 
 def _cast(out: Any, dtype: torch.dtype) -> Any:
     if isinstance(out, tuple | list):
-        return tuple(o if o.dtype == dtype else o.to(dtype) for o in out)
+        return tuple([o if o.dtype == dtype else o.to(dtype) for o in out])
     return out if out.dtype == dtype else out.to(dtype)
 
 

@@ -158,7 +158,7 @@ def delta_product(
     options = (cu_seqlens, sequences.expect_scale(scale, width), bool(qk_l2norm), size)
     run = _delta_product if mode == "auto" else _delta_product.plain
     out, state = run(*sequences.promoted(q, k, v, beta, g, initial_state), *options)
-    return out.to(v.dtype), state
+    return sequences.as_dtype(out, v.dtype), state
 
 
 def delta_rule(

@@ -134,4 +134,4 @@ def dplr(
     size = min(sequences.expect_mode(mode, chunk_size, chunks.MICRO), chunks.MICRO)
     run = _dplr if mode == "auto" else _dplr.plain
     out, state = run(*sequences.promoted(q, k, v, a, b, g, initial_state), cu_seqlens, sequences.expect_scale(scale, width), size)
-    return out.to(v.dtype), state
+    return sequences.as_dtype(out, v.dtype), state

@@ -127,4 +127,4 @@ def linear_attention(
     run = _linear_attention if mode == "auto" else _linear_attention.plain
     options = (cu_seqlens, sequences.expect_scale(scale, width), size)
     out, state = run(*sequences.promoted(q, k, v, g, initial_state), *options)
-    return out.to(v.dtype), state
+    return sequences.as_dtype(out, v.dtype), state

@@ -3,6 +3,7 @@
 
 #include "recurrence.h"
 #include "recurrence_backward.h"
+#include "recurrence_step.h"
 
 namespace phyla::linear_rnn {
 
@@ -121,6 +122,10 @@ template <class T, Gate gate, Removal removal>
 std::tuple<Tensor, Tensor> forward(const Inputs<T>& in, int64_t batch, int64_t tokens) {
   Tensor out = empty<T>({batch, tokens, in.value_heads, in.V}), final_state = empty<T>({in.sequences(), in.value_heads, in.K, in.V});
   T *outs = mutable_data<T>(out), *states = mutable_data<T>(final_state);
+  if (in.longest() == 1 && padded<T>(in.V) == in.V) {
+    over_heads(in, [&](const Heads& heads) { forward_step(in, gate, removal, heads, outs, states); });
+    return {out, final_state};
+  }
   over_heads_and_columns(
       in, [&](const Heads& heads, int64_t first, int64_t width) { forward_heads<T, gate, removal>(in, heads, first, width, outs, states); });
   return {out, final_state};

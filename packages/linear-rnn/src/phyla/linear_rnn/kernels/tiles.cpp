@@ -126,8 +126,50 @@ PHYLA_INLINE void transpose_of(T* out, int64_t ldo, const T* in, int64_t ldi, in
     for (int64_t j = 0; j < columns; j += lanes) transpose_block<T>(out + j * ldo + i, ldo, in + i * ldi + j, ldi);
 }
 
+template <class T, int W, int writes>
+PHYLA_INLINE void sweep_tile(const Sweep<T>& p, int64_t j) {
+  using vec = typename Lanes<T>::vec;
+  using loose = typename Lanes<T>::loose;
+  constexpr int64_t lanes = Lanes<T>::count;
+  const int64_t K = p.K, V = p.V;
+  const T *from = p.from + j, *decay = p.decay, *read = p.read, *write = p.write[0], *write2 = p.write[1], *value = p.value[0] + j, *value2 = p.value[1] + j;
+  T *to = p.to + j, *found = p.found + j;
+  vec sum[W] = {};
+  for (int64_t k = 0; k < K; ++k, from += V, to += V) {
+    const vec keep = vec{} + (writes > 0 && decay != nullptr ? decay[k] : T(1)), reads = vec{} + read[k];
+    const vec add = vec{} + (writes > 0 ? write[k] : T(0)), add2 = vec{} + (writes > 1 ? write2[k] : T(0));
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      vec s = *reinterpret_cast<const loose*>(from + w * lanes);
+      if constexpr (writes > 0) {
+        s = keep * s + add * *reinterpret_cast<const loose*>(value + w * lanes);
+        if constexpr (writes > 1) s += add2 * *reinterpret_cast<const loose*>(value2 + w * lanes);
+        *reinterpret_cast<loose*>(to + w * lanes) = s;
+      }
+      sum[w] += reads * s;
+    }
+  }
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w) *reinterpret_cast<loose*>(found + w * lanes) = sum[w];
+}
+template <class T, int writes>
+PHYLA_INLINE void sweep_writes(const Sweep<T>& p) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  int64_t j = 0;
+  for (; j + 8 * lanes <= p.V; j += 8 * lanes) sweep_tile<T, 8, writes>(p, j);
+  for (; j < p.V; j += 2 * lanes) sweep_tile<T, 2, writes>(p, j);
+}
+template <class T>
+PHYLA_INLINE void sweep_of(const Sweep<T>& p) {
+  if (p.to == nullptr) sweep_writes<T, 0>(p);
+  else if (p.write[1] == nullptr) sweep_writes<T, 1>(p);
+  else sweep_writes<T, 2>(p);
+}
+
 }  // namespace
 
+PHYLA_CLONES void sweep(const Sweep<float>& p) { sweep_of(p); }
+PHYLA_CLONES void sweep(const Sweep<double>& p) { sweep_of(p); }
 PHYLA_CLONES void multiply(const Product<float>& p) { product_of(p); }
 PHYLA_CLONES void multiply(const Product<double>& p) { product_of(p); }
 PHYLA_CLONES void substitute(const Substitution<float>& p) { substitution_of(p); }

@@ -51,6 +51,21 @@ void transpose(double* out, int64_t ldo, const double* in, int64_t ldi, int64_t 
 void dots(float* out, int64_t stride, const float* x, int64_t ldx, const float* y, int64_t ldy, int64_t rows, int64_t columns);
 void dots(double* out, int64_t stride, const double* x, int64_t ldx, const double* y, int64_t ldy, int64_t rows, int64_t columns);
 
+// to_k = decay_k from_k + sum of write_k value over up to two writes, then found = sum of read_k to_k, over rows k = 0 .. K - 1 of V values;
+// no `to`: nothing is written and found is of `from`. No decay is one. V counts whole units; `to` may be `from`.
+template <class T>
+struct Sweep {
+  int64_t K, V;
+  const T* from;
+  T* to;
+  const T* decay;
+  std::array<const T*, 2> write, value;
+  const T* read;
+  T* found;
+};
+void sweep(const Sweep<float>& p);
+void sweep(const Sweep<double>& p);
+
 template <class T>
 PHYLA_INLINE T dot(const T* x, const T* y, int64_t size) {
   T sum = 0;

@@ -28,7 +28,7 @@ namespace phyla {
 
 using torch::stable::Tensor;
 
-inline Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 template <class scalar>
 constexpr torch::headeronly::ScalarType dtype_of() {
@@ -43,7 +43,14 @@ scalar* mutable_data(const Tensor& t) { return static_cast<scalar*>(t.mutable_da
 
 template <class scalar>
 Tensor empty(const std::vector<int64_t>& sizes) {
-  return torch::stable::empty(sizes, dtype_of<scalar>(), std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  // Straight to the allocator: torch::stable::empty looks its op up by name, which takes longer than a small kernel.
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  const int32_t dtype = std::is_same_v<scalar, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 template <class scalar>
 Tensor zeros(const std::vector<int64_t>& sizes) {
