@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from phyla.quantized import functional as QF
+from phyla.quantized.functional.binarizers import clamped_latent, recu_quantile, surrogate_sign
 from phyla.shared import checks
 
 
@@ -146,20 +147,42 @@ class EDESign(Binarizer):
 
     def __init__(self, t: float = 0.1, k: float | None = None, *, t_min: float = 0.1, t_max: float = 10.0) -> None:
         super().__init__()
-        self.t = _positive("t", t)
-        self.k = None if k is None else _positive("k", k)
+        self._set(t, k)
         self.t_min, self.t_max = _positive("t_min", t_min), _positive("t_max", t_max)
+
+    def _set(self, t: float, k: float | None) -> None:
+        self._t, self._k = _positive("t", t), None if k is None else _positive("k", k)
+        height = max(1 / self._t, 1.0) if self._k is None else self._k
+        self._curve = torch.tensor([self._t, height], dtype=torch.float64, device="cpu")  # data of a compiled graph, not a constant
+
+    @property
+    def t(self) -> float:
+        """Steepness."""
+        return self._t
+
+    @t.setter
+    def t(self, t: float) -> None:
+        self._set(t, self._k)
+
+    @property
+    def k(self) -> float | None:
+        """Height factor; None stands for max(1 / t, 1)."""
+        return self._k
+
+    @k.setter
+    def k(self, k: float | None) -> None:
+        self._set(self._t, k)
 
     def set_progress(self, progress: float) -> None:
         """Set t and k to their values at `progress`, in [0, 1)."""
         super().set_progress(progress)
         low, high = math.log10(self.t_min), math.log10(self.t_max)
-        self.t = 10 ** (low + (high - low) * progress)
-        self.k = max(1 / self.t, 1.0)
+        t = 10 ** (low + (high - low) * progress)
+        self._set(t, max(1 / t, 1.0))
 
     def forward(self, x: Tensor) -> Tensor:
         """Signs of `x`, with its shape and dtype."""
-        return QF.ede_sign(x, t=self.t, k=self.k)
+        return surrogate_sign(checks.floating("x", x), "tanh", self._curve)
 
 
 class IRNet(EDESign):
@@ -207,10 +230,20 @@ class ReCU(Binarizer):
 
     def __init__(self, tau: float = 0.85, *, tau_min: float = 0.85, tau_max: float = 0.99) -> None:
         super().__init__()
-        self.tau, self.tau_min, self.tau_max = (
-            checks.in_range(name, value, 0.5, 1.0, high_open=True)
-            for name, value in (("tau", tau), ("tau_min", tau_min), ("tau_max", tau_max))
+        self.tau = tau
+        self.tau_min, self.tau_max = (
+            checks.in_range(name, value, 0.5, 1.0, high_open=True) for name, value in (("tau_min", tau_min), ("tau_max", tau_max))
         )
+
+    @property
+    def tau(self) -> float:
+        """Quantile."""
+        return self._tau
+
+    @tau.setter
+    def tau(self, tau: float) -> None:
+        self._quantile = torch.tensor(recu_quantile(tau), dtype=torch.float64, device="cpu")  # data of a compiled graph, not a constant
+        self._tau = float(tau)
 
     def set_progress(self, progress: float) -> None:
         """Set tau to its value at `progress`, in [0, 1)."""
@@ -219,7 +252,7 @@ class ReCU(Binarizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Signs of the clamped standardised weights `(out, ...)`."""
-        return QF.sign_ste(QF.recu_latent(x, tau=self.tau), clip=None)
+        return QF.sign_ste(clamped_latent(x, self._quantile), clip=None)
 
 
 class BiPer(Binarizer):

@@ -5,7 +5,7 @@ surrogate derivative is 0. Second derivatives, forward mode and the transforms o
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +34,10 @@ def _swish(z: Tensor) -> Tensor:
     return torch.where(negative, -value, value)
 
 
-def _surrogate_composite(x: Tensor, surrogate: str, slope: float, height: float) -> Tensor:
-    """sign(x) with the derivative of height * F(slope * x)."""
+def _surrogate_composite(x: Tensor, surrogate: str, curve: Tensor) -> Tensor:
+    """sign(x) with the derivative of height * F(slope * x), where curve = (slope, height)."""
     antiderivative: Callable[[Tensor], Tensor] = {"approx": _approx, "swish": _swish, "tanh": torch.tanh}[surrogate]
+    slope, height = curve.unbind()
     return straight(hard_sign(x), height * antiderivative(_finite(slope * x)))
 
 
@@ -46,10 +47,10 @@ def _biper_composite(x: Tensor, frequency: float, hard: bool) -> Tensor:
 
 
 _surrogate_sign = Kernel(
-    "phyla_quantized::surrogate_sign(Tensor x, str surrogate, float slope, float height) -> Tensor",
+    "phyla_quantized::surrogate_sign(Tensor x, str surrogate, Tensor curve) -> Tensor",
     _surrogate_composite,
     differentiable=("x",),
-    fake=lambda x, surrogate, slope, height: torch.empty_like(x, memory_format=torch.contiguous_format),
+    fake=lambda x, surrogate, curve: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 _biper = Kernel(
     "phyla_quantized::biper(Tensor x, float frequency, bool hard) -> Tensor",
@@ -57,6 +58,16 @@ _biper = Kernel(
     differentiable=("x",),
     fake=lambda x, frequency, hard: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
+
+
+def surrogate_sign(x: Tensor, surrogate: str, curve: Sequence[float] | Tensor) -> Tensor:
+    """sign(x) with the surrogate "approx", "swish" or "tanh" of a slope and a height.
+
+    A schedule gives the two numbers as a tensor: a compiled graph then takes them as data, and is not compiled again as they change.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    numbers = curve.to(x.device, dtype) if isinstance(curve, Tensor) else torch.tensor(curve, dtype=dtype, device=x.device)
+    return _elementwise(lambda t: _surrogate_sign(t, surrogate, numbers), x)
 
 
 def _elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -102,7 +113,7 @@ def approx_sign(x: Tensor) -> Tensor:
     Source: "Bi-Real Net: Enhancing the Performance of 1-bit CNNs With Improved Representational Capability and Advanced Training
         Algorithm", section 3.3.
     """
-    return _elementwise(lambda t: _surrogate_sign(t, "approx", 1.0, 1.0), checks.floating("x", x))
+    return surrogate_sign(checks.floating("x", x), "approx", (1.0, 1.0))
 
 
 def swish_sign(x: Tensor, *, beta: float = 5.0) -> Tensor:
@@ -122,8 +133,7 @@ def swish_sign(x: Tensor, *, beta: float = 5.0) -> Tensor:
     Source: "BNN+: Improved Binary Network Training", section 3.1 (SignSwish).
     """
     checks.floating("x", x)
-    slope = checks.in_range("beta", beta, 0.0, low_open=True)
-    return _elementwise(lambda t: _surrogate_sign(t, "swish", slope, 1.0), x)
+    return surrogate_sign(x, "swish", (checks.in_range("beta", beta, 0.0, low_open=True), 1.0))
 
 
 def ede_sign(x: Tensor, *, t: float, k: float | None = None) -> Tensor:
@@ -146,7 +156,7 @@ def ede_sign(x: Tensor, *, t: float, k: float | None = None) -> Tensor:
     checks.floating("x", x)
     slope = checks.in_range("t", t, 0.0, low_open=True)
     height = max(1 / slope, 1.0) if k is None else checks.in_range("k", k, 0.0, low_open=True)
-    return _elementwise(lambda z: _surrogate_sign(z, "tanh", slope, height), x)
+    return surrogate_sign(x, "tanh", (slope, height))
 
 
 def biper(x: Tensor, *, frequency: float, hard: bool = True) -> Tensor:
@@ -198,8 +208,17 @@ def recu_latent(weight: Tensor, *, tau: float) -> Tensor:
 
     Source: "ReCU: Reviving the Dead Weights in Binary Neural Networks", section 3.2 and appendix.
     """
+    return clamped_latent(weight, recu_quantile(tau))
+
+
+def recu_quantile(tau: float) -> float:
+    """The tau-quantile of the Laplace distribution in units of its mean absolute value. Raises: TypeError, ValueError."""
+    return -math.log(2 - 2 * checks.in_range("tau", tau, 0.5, 1.0, high_open=True))
+
+
+def clamped_latent(weight: Tensor, quantile: float | Tensor) -> Tensor:
+    """`recu_latent` with the quantile given as a number, or as a tensor: data of a compiled graph."""
     weight, dims = _channels(weight)
-    quantile = -math.log(2 - 2 * checks.in_range("tau", tau, 0.5, 1.0, high_open=True))
     centred = weight - weight.mean(dims, keepdim=True)
     laplace = centred * (2 * math.sqrt(2) / torch.sqrt(centred.var(dims, keepdim=True) + 1e-5))
     bound = laplace.detach().abs().mean() * quantile
