@@ -1,6 +1,18 @@
 """One-bit networks: binarizers for training, and inference on packed bits."""
 
 from phyla.quantized import functional
+from phyla.quantized.analysis import (
+    LayerReport,
+    LayerSummary,
+    ModelSummary,
+    QuantizationError,
+    analyze,
+    biper_quantization_error,
+    laplace_scale,
+    quantization_error,
+    recu_quantization_error,
+    summarize,
+)
 from phyla.quantized.binarizers import (
     ApproxSign,
     Binarizer,
@@ -14,22 +26,58 @@ from phyla.quantized.binarizers import (
     set_progress,
     set_stage,
 )
+from phyla.quantized.checkpoints import load_biper_state_dict
+from phyla.quantized.folding import FoldedThreshold, fold_threshold
 from phyla.quantized.layers import BinaryConv1d, BinaryConv2d, BinaryLinear
+from phyla.quantized.models import BinaryBlock, ResNet, resnet18, resnet20, vgg_small
+from phyla.quantized.packed import PackedConv1d, PackedConv2d, PackedLinear
+from phyla.quantized.packed_block import PackedBlock
+from phyla.quantized.packing import pack
+from phyla.quantized.recipes import BIPER_CIFAR10, BIPER_IMAGENET, IRNET_CIFAR10, RECU_CIFAR10, Stage, TwoStage
 
 __all__ = [
+    "BIPER_CIFAR10",
+    "BIPER_IMAGENET",
+    "IRNET_CIFAR10",
+    "RECU_CIFAR10",
     "ApproxSign",
     "BiPer",
     "Binarizer",
+    "BinaryBlock",
     "BinaryConv1d",
     "BinaryConv2d",
     "BinaryLinear",
     "EDESign",
+    "FoldedThreshold",
     "IRNet",
+    "LayerReport",
+    "LayerSummary",
+    "ModelSummary",
+    "PackedBlock",
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedLinear",
+    "QuantizationError",
     "ReCU",
+    "ResNet",
     "SignSTE",
+    "Stage",
     "SwishSign",
+    "TwoStage",
+    "analyze",
     "biper_penalty",
+    "biper_quantization_error",
+    "fold_threshold",
     "functional",
+    "laplace_scale",
+    "load_biper_state_dict",
+    "pack",
+    "quantization_error",
+    "recu_quantization_error",
+    "resnet18",
+    "resnet20",
     "set_progress",
     "set_stage",
+    "summarize",
+    "vgg_small",
 ]

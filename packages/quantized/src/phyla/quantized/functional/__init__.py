@@ -5,6 +5,7 @@ from phyla.quantized.functional.bits import pack, packed_matmul, unpack
 from phyla.quantized.functional.epilogues import packed_conv2d_residual, packed_conv2d_threshold, packed_matmul_threshold
 from phyla.quantized.functional.normalization import normalize_samples
 from phyla.quantized.functional.packed_conv import packed_conv2d, packed_max_pool2d
+from phyla.quantized.functional.residual import residual
 
 __all__ = [
     "approx_sign",
@@ -20,6 +21,7 @@ __all__ = [
     "packed_matmul_threshold",
     "packed_max_pool2d",
     "recu_latent",
+    "residual",
     "sign_ste",
     "swish_sign",
     "unpack",
