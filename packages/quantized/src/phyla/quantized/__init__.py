@@ -32,6 +32,7 @@ from phyla.quantized.layers import BinaryConv1d, BinaryConv2d, BinaryLinear
 from phyla.quantized.models import BinaryBlock, ResNet, resnet18, resnet20, vgg_small
 from phyla.quantized.packed import PackedConv1d, PackedConv2d, PackedLinear
 from phyla.quantized.packed_block import PackedBlock
+from phyla.quantized.packed_file import load_packed, save_packed
 from phyla.quantized.packing import pack
 from phyla.quantized.recipes import BIPER_CIFAR10, BIPER_IMAGENET, IRNET_CIFAR10, RECU_CIFAR10, Stage, TwoStage
 
@@ -71,11 +72,13 @@ __all__ = [
     "functional",
     "laplace_scale",
     "load_biper_state_dict",
+    "load_packed",
     "pack",
     "quantization_error",
     "recu_quantization_error",
     "resnet18",
     "resnet20",
+    "save_packed",
     "set_progress",
     "set_stage",
     "summarize",

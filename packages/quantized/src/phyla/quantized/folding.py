@@ -7,6 +7,7 @@ ties, roundings, constant channels and falling ones come out as the float graph 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,8 @@ def fold_threshold(scale: Tensor, bias: Tensor | None, bn: nn.BatchNorm1d | nn.B
     checks.shape("scale", checks.floating("scale", scale), channels)
     if bias is not None:
         checks.shape("bias", checks.floating("bias", bias), channels)
-    return fold_modules(scale, bias, [bn], length=length, spatial=2 if isinstance(bn, nn.BatchNorm2d) else 0).folded
+    spatial = 2 if isinstance(bn, nn.BatchNorm2d) else 0
+    return fold_modules(scale, bias, [copy.deepcopy(bn).eval()], length=length, spatial=spatial).folded
 
 
 def has_statistics(bn: nn.Module) -> bool:
