@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from phyla.quantized import functional as QF
 from phyla.quantized.binarizers import ApproxSign, Binarizer, EDESign, IRNet, SignSTE, SwishSign
 from phyla.quantized.folding import FoldedThreshold
+from phyla.quantized.functional.bits import check_words
+from phyla.quantized.functional.epilogues import _conv2d_threshold_op
+from phyla.quantized.functional.packed_conv import Geometry, _conv2d_op
 from phyla.quantized.layers import BinaryConv1d, BinaryConv2d, BinaryLayer, BinaryLinear
 from phyla.shared import checks
 
@@ -189,11 +192,10 @@ class _PackedConv(PackedLayer):
         self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
         self.kernel_size, self.stride, self.padding, self.dilation = layer.kernel_size, layer.stride, layer.padding, layer.dilation
         self.padding_value = layer.padding_value
-
-    def geometry(self) -> dict[str, Any]:
-        """The keyword arguments of `packed_conv2d`."""
-        lengths = {name: (*self._row.get(name, ()), *getattr(self, name)) for name in ("kernel_size", "stride", "padding", "dilation")}
-        return {"channels": self.in_channels, "groups": self.groups, "padding_value": self.padding_value, **lengths}
+        kernel, stride, padding, dilation = (
+            [*self._row.get(name, ()), *getattr(self, name)] for name in ("kernel_size", "stride", "padding", "dilation")
+        )
+        self._geometry = Geometry(self.in_channels, kernel, stride, padding, dilation, self.groups, self.padding_value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -203,7 +205,7 @@ class _PackedConv(PackedLayer):
             ValueError: another shape of x.
         """
         if x.dtype == torch.int64:
-            return self._behind(self._products(x))
+            return self._behind(self._products(check_words("x", x, self.in_channels, self._spatial + 2, of="channels")))
         wanted = (self._spatial + 1, self._spatial + 2) if self.threshold is None else (self._spatial + 2,)
         if checks.floating("x", x).dim() not in wanted or x.shape[-self._spatial - 1] != self.in_channels:
             shape = ", ".join(("batch", str(self.in_channels), *("length",) * self._spatial))
@@ -216,13 +218,18 @@ class _PackedConv(PackedLayer):
         y = self._behind(self._products(QF.pack((signed if batched else signed.unsqueeze(0)).movedim(1, -1))), like=x)
         return y if batched else y.squeeze(0)
 
+    def sums(self, words: Tensor) -> Tensor:
+        """Integer sums `(N, H, W, O)` of words `(N, H, W, W64)` of the right width; the sizes of the layer are right since it was made."""
+        out: Tensor = _conv2d_op.op(words, self.weight_packed, *self._geometry)
+        return out
+
     def _products(self, words: Tensor) -> Tensor:
-        """Sums `(N, ..., O)` of words `(N, ..., W)`, or the bits behind a threshold."""
+        """Sums `(N, ..., O)` of words `(N, ..., W64)`, or the bits behind a threshold."""
         x = words if self._spatial == 2 else words.unsqueeze(1)
-        if self.threshold is None or self.flip is None:
-            out = QF.packed_conv2d(x, self.weight_packed, **self.geometry())
+        if self.threshold is None:
+            out = self.sums(x)
         else:
-            out = QF.packed_conv2d_threshold(x, self.weight_packed, self.threshold, self.flip, **self.geometry())
+            out = _conv2d_threshold_op.op(x, self.weight_packed, self.threshold, self.flip, *self._geometry)
         return out if self._spatial == 2 else out.squeeze(1)
 
     def _behind(self, out: Tensor, like: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from phyla.quantized import functional as QF
 from phyla.quantized.folding import has_statistics
+from phyla.quantized.functional.residual import residual_op
 from phyla.quantized.layers import BinaryConv2d
 from phyla.quantized.models import BinaryBlock
 from phyla.quantized.packed import PackedConv2d, plain_sign
@@ -82,8 +83,8 @@ class PackedBlock(nn.Module):
 
 
 def _half(conv: PackedConv2d, words: Tensor, gain: Tensor, shift: Tensor, shortcut: Tensor) -> Pair:
-    sums = QF.packed_conv2d(words, conv.weight_packed, **conv.geometry())
-    return QF.residual(sums, conv.scale, gain, shift, shortcut, low=-1.0, high=1.0)
+    y, signs = residual_op.op(conv.sums(words), conv.scale, gain, shift, shortcut, -1.0, 1.0)
+    return y, signs
 
 
 def _line(bn: nn.BatchNorm2d) -> Pair:

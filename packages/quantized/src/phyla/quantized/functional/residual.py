@@ -26,7 +26,7 @@ def _residual(
     return y, _pack(y)
 
 
-_residual_op = Op(
+residual_op = Op(
     "phyla_quantized::residual(Tensor sums, Tensor scale, Tensor gain, Tensor shift, Tensor? shortcut, float low, float high)"
     " -> (Tensor, Tensor)",
     _residual,
@@ -84,5 +84,5 @@ def residual(
         if tensor is not None and checks.shape(name, tensor, shape).dtype != dtype:
             raise TypeError(f"{name}: expected {str(dtype).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
     factors = (tensor.detach() for tensor in (scale, gain, shift))
-    y, words = _residual_op(sums, *factors, None if shortcut is None else shortcut.detach(), float(low), float(high))
+    y, words = residual_op(sums, *factors, None if shortcut is None else shortcut.detach(), float(low), float(high))
     return y, words
