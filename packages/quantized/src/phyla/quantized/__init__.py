@@ -26,7 +26,10 @@ from phyla.quantized.binarizers import (
     set_progress,
     set_stage,
 )
+from phyla.quantized.bop import Bop
 from phyla.quantized.checkpoints import load_biper_state_dict
+from phyla.quantized.convert import binarize_model
+from phyla.quantized.flip_rate import FlipRates, flip_rate
 from phyla.quantized.folding import FoldedThreshold, fold_threshold
 from phyla.quantized.layers import BinaryConv1d, BinaryConv2d, BinaryLinear
 from phyla.quantized.models import BinaryBlock, ResNet, resnet18, resnet20, vgg_small
@@ -34,6 +37,7 @@ from phyla.quantized.packed import PackedConv1d, PackedConv2d, PackedLinear
 from phyla.quantized.packed_block import PackedBlock
 from phyla.quantized.packed_file import load_packed, save_packed
 from phyla.quantized.packing import pack
+from phyla.quantized.react import RPReLU, RSign
 from phyla.quantized.recipes import BIPER_CIFAR10, BIPER_IMAGENET, IRNET_CIFAR10, RECU_CIFAR10, Stage, TwoStage
 
 __all__ = [
@@ -48,7 +52,9 @@ __all__ = [
     "BinaryConv1d",
     "BinaryConv2d",
     "BinaryLinear",
+    "Bop",
     "EDESign",
+    "FlipRates",
     "FoldedThreshold",
     "IRNet",
     "LayerReport",
@@ -59,6 +65,8 @@ __all__ = [
     "PackedConv2d",
     "PackedLinear",
     "QuantizationError",
+    "RPReLU",
+    "RSign",
     "ReCU",
     "ResNet",
     "SignSTE",
@@ -66,8 +74,10 @@ __all__ = [
     "SwishSign",
     "TwoStage",
     "analyze",
+    "binarize_model",
     "biper_penalty",
     "biper_quantization_error",
+    "flip_rate",
     "fold_threshold",
     "functional",
     "laplace_scale",

@@ -109,7 +109,8 @@ class BinaryLinear(BinaryLayer):
         input_binarizer: Binarizes the inputs; `ApproxSign()` if None, `nn.Identity()` keeps them real.
         scale: Factor of an output: "learned" is a parameter, "mean_abs" the mean absolute weight (without a gradient), "none" is 1.
         normalize_input: Whether each sample is divided by its standard deviation while training, which moves the surrogate's window only.
-        save_bits: Whether the binary input is kept for the backward pass as bits, at 1/32 of the memory of float32; same gradients.
+        save_bits: Whether the binary input is kept for the backward pass as bits, at 1/32 of the memory of float32; same gradients. Under
+            `torch.compile` the compiler decides what is kept.
         device: Device of the parameters.
         dtype: Floating dtype of the parameters.
 
