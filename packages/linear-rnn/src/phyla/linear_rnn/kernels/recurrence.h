@@ -85,6 +85,7 @@ struct Arena {
 template <class T, Gate gate, Removal removal>
 struct Chunk {
   static constexpr bool gated = gate != Gate::none, channel = gate == Gate::channel;
+  static_assert(gate != Gate::scalar || removal != Removal::low_rank, "rows that read before a token's decay need a decay a channel");
   const Inputs<T>& in;
   int64_t head = 0, key_head = 0;
   int64_t K, V, Kp, most, columns;
@@ -93,7 +94,7 @@ struct Chunk {
   T *start, *inner;
   T* between;                      // decays from each write to each token, with one decay a head
   T *query_length, *key_length;    // 1 / sqrt(sum of squares + 1e-6)
-  T *state_rows, *gram_rows;       // queries, then reads
+  T *state_rows, *gram_rows;       // queries, then reads; with one decay a head both are plain, and what they read is decayed
   T *end_rows, *inverse_rows;      // writes, against the state after and in Gram matrices
   T *inverse_columns, *gram, *whole;
   const T* rates = nullptr;
@@ -114,7 +115,7 @@ struct Chunk {
     query_length = arena.take(most);
     key_length = arena.take(most * in.n);
     gram_rows = arena.take(rows * Kp);
-    state_rows = gated ? arena.take(rows * Kp) : gram_rows;
+    state_rows = channel ? arena.take(rows * Kp) : gram_rows;
     inverse_rows = arena.take(columns * Kp);
     end_rows = gated ? arena.take(columns * Kp) : inverse_rows;
     inverse_columns = arena.take(Kp * columns);
@@ -132,13 +133,14 @@ struct Chunk {
   const T* value(int64_t row) const { return in.v + ((begin * in.n + row) * in.value_heads + head) * V; }
   int64_t rate_stride() const { return in.value_heads; }
 
-  // Asks for the rows of tokens first .. end - 1 of this head.
-  void expect(int64_t first, int64_t end) const {
+  // Touches the rows of tokens first .. end - 1 of some value heads, which lie side by side.
+  void expect(int64_t first, int64_t end, int64_t value_head, int64_t heads) const {
+    const int64_t group = in.value_heads / in.heads, from = value_head / group, key_heads = (value_head + heads - 1) / group - from + 1;
     for (int64_t t = first; t < end; ++t) {
-      prefetch(in.q + (t * in.heads + key_head) * K, K);
+      touch(in.q + (t * in.heads + from) * K, key_heads * K);
       for (int64_t row = t * in.n; row < (t + 1) * in.n; ++row) {
-        prefetch(in.k + (row * in.heads + key_head) * K, K);
-        prefetch(in.v + (row * in.value_heads + head) * V, V);
+        touch(in.k + (row * in.heads + from) * K, key_heads * K);
+        touch(in.v + (row * in.value_heads + value_head) * V, heads * V);
       }
     }
   }
@@ -195,13 +197,9 @@ struct Chunk {
       }
       return;
     }
-    const T decay = gate == Gate::scalar && i >= 0 ? start[i] : T(1);
 #pragma omp simd
     for (int64_t k = 0; k < K; ++k) plain[k] = factor * x[k];
-    if (gated) {
-#pragma omp simd
-      for (int64_t k = 0; k < K; ++k) decayed[k] = decay * plain[k];
-    }
+    if (channel) std::copy_n(plain, K, decayed);
   }
   // Row `row` of the writes, of token i.
   PHYLA_INLINE void writing_row(int64_t row, const T* x, T factor, int64_t i) {
@@ -279,8 +277,8 @@ struct Chunk {
     T* found = work + c * ld;
     for (int64_t row = 0; row < known; ++row) std::copy_n(value(row) + first, width, x + row * ld);
     for (int64_t row = 0; row < reads && removal == Removal::key; ++row) {
-      const T* v = value(row) + first;
-      for (int64_t j = 0; j < width; ++j) found[row * ld + j] += v[j];
+      const T *v = value(row) + first, decay = gate == Gate::scalar ? start[row / in.n] : T(1);
+      for (int64_t j = 0; j < width; ++j) found[row * ld + j] = decay * found[row * ld + j] + v[j];
     }
     if (removal == Removal::low_rank) {
       multiply(Product<T>{found, ld, reads, ld, known, gram + c * gram_width, gram_width, 1, x, ld, found, ld});
@@ -288,7 +286,7 @@ struct Chunk {
     if (removal != Removal::none) {
       substitute(Substitution<T>{reads, ld, found, x + known * ld, ld, gram + c * gram_width + known, gram_width, 1, rates, rate_stride()});
     }
-    multiply(Product<T>{work, ld, c, ld, writes, gram, gram_width, 1, x, ld, work, ld});
+    multiply(Product<T>{work, ld, c, ld, writes, gram, gram_width, 1, x, ld, work, ld, gate == Gate::scalar ? start : nullptr});
     multiply(Product<T>{after, lda, K, ld, writes, end_rows, 1, Kp, x, ld, state, lds, gated ? whole : nullptr});
   }
 };
@@ -327,9 +325,9 @@ void forward_heads(const Inputs<T>& in, const Heads& heads, int64_t first, int64
   }
   for (int64_t window = begin; window < end; window += most) {
     const int64_t stop = std::min(end, window + most);
+    chunk.expect(window, stop, heads.begin, heads.count);
     for (int64_t h = 0; h < heads.count; ++h) {
       chunk.at(heads.begin + h);
-      chunk.expect(stop, std::min(end, stop + most));
       for (int64_t t = window; t < stop; t += chunk.c) {
         make_chunk(chunk, t, stop - t);
         const T* before = straight && t == begin ? in.state + place + h * in.K * in.V : state_of(h);

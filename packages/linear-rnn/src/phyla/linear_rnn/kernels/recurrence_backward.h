@@ -93,6 +93,10 @@ struct ChunkBackward : Chunk<T, gate, removal> {
       dots(d_row, 1, d_state, Vp, record.state, Vp, K, V);
       for (int64_t k = 0; k < K; ++k) d_start[channel ? (c - 1) * Kp + k : c - 1] += whole[k] * d_row[k];
     }
+    for (int64_t row = 0; row < readings && gate == Gate::scalar; ++row) {
+      const T decay = start[row < c ? row : (row - c) / in.n];
+      for (int64_t j = 0; j < V; ++j) rows[row * Vp + j] *= decay;
+    }
     multiply(Product<T>{d_state, Vp, K, Vp, readings, state_rows, 1, Kp, rows, Vp, d_state, Vp, gated ? whole : nullptr});
     pull_chunk(*this, record.gram);
   }
@@ -141,7 +145,7 @@ struct ChunkBackward : Chunk<T, gate, removal> {
       for (int64_t k = 0; k < K; ++k) d_row[k] += sign * outer[k];
     } else if constexpr (gate == Gate::scalar) {
       for (int64_t k = 0; k < K; ++k) d_row[k] += sign * (start[i] * outer[k] + within[k]);
-      d_start[i] += dot(outer, state_rows + row * Kp, K);
+      d_start[i] += start[i] * dot(outer, state_rows + row * Kp, K);
     } else {
       if (i < 0) {  // it sees no write of this chunk
         for (int64_t k = 0; k < K; ++k) d_row[k] += sign * outer[k];
@@ -273,7 +277,8 @@ void backward_heads(const Inputs<T>& in, const Gradients<T>& to, const Heads& he
       const int64_t stop = std::min(end, t + most);
       for (int64_t h = 0; h < n; ++h) {
         chunk.at(heads.begin + h);
-        chunk.expect(stop, std::min(end, stop + most));
+        const int64_t share = (most + n - 1) / n;
+        chunk.expect(std::min(end, stop + h * share), std::min({end, stop + most, stop + (h + 1) * share}), heads.begin, n);
         for (int64_t token = t; token < stop; token += chunk.c) {
           T *after = memory.take(state_size), *gram = memory.take(readings * columns), *work = memory.take(readings * Vp);
           const Record r{h, token, 0, states[h], gram, work, memory.take(columns * Vp)};
@@ -307,8 +312,8 @@ void backward_heads(const Inputs<T>& in, const Gradients<T>& to, const Heads& he
       chunk.at(heads.begin + r->head);
       chunk.d_state = d_states + r->head * state_size;
       const int64_t earlier = std::max(begin, r->begin - most);
-      chunk.expect(earlier, r->begin);
-      for (int64_t t = earlier; t < r->begin; ++t) prefetch(to.out + (t * in.value_heads + chunk.head) * in.V, in.V);
+      chunk.expect(earlier, r->begin, chunk.head, 1);
+      for (int64_t t = earlier; t < r->begin; ++t) touch(to.out + (t * in.value_heads + chunk.head) * in.V, in.V);
       make_rows(chunk, r->begin, r->tokens);
       chunk.pull(*r);
     }

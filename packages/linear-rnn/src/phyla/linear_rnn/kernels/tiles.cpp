@@ -63,16 +63,16 @@ PHYLA_INLINE void substitution_tile(const Substitution<T>& p, int64_t j) {
   for (int64_t s = 0; s < p.rows; ++s) {
     T *e = p.e + s * p.stride + j, *x = p.x + s * p.stride + j;
     vec sum[W];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) sum[w] = *reinterpret_cast<const loose*>(e + w * lanes);
     const T *lower = p.lower + s * p.along_s, *known = p.x + j;
     for (int64_t r = 0; r < s; ++r, lower += p.along_r, known += p.stride) {
       const T factor = *lower;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int w = 0; w < W; ++w) sum[w] += factor * *reinterpret_cast<const loose*>(known + w * lanes);
     }
     const T rate = p.rate != nullptr ? p.rate[s * p.rate_stride] : T(1);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) {
       *reinterpret_cast<loose*>(e + w * lanes) = sum[w];
       *reinterpret_cast<loose*>(x + w * lanes) = rate * sum[w];
@@ -80,11 +80,12 @@ PHYLA_INLINE void substitution_tile(const Substitution<T>& p, int64_t j) {
   }
 }
 
-// Columns go in the same tiles wherever a caller cuts them at whole units of four vectors, or two at the end.
+// As many chains as hide the latency of a multiply-add; what is computed for a column does not depend on its tile.
 template <class T>
 PHYLA_INLINE void substitution_of(const Substitution<T>& p) {
   constexpr int64_t lanes = Lanes<T>::count;
   int64_t j = 0;
+  for (; j + 8 * lanes <= p.n; j += 8 * lanes) substitution_tile<T, 8>(p, j);
   for (; j + 4 * lanes <= p.n; j += 4 * lanes) substitution_tile<T, 4>(p, j);
   if (j < p.n) substitution_tile<T, 2>(p, j);
 }
