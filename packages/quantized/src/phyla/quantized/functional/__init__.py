@@ -5,6 +5,7 @@ from phyla.quantized.functional.bits import pack, packed_matmul, unpack
 from phyla.quantized.functional.epilogues import packed_conv2d_residual, packed_conv2d_threshold, packed_matmul_threshold
 from phyla.quantized.functional.normalization import normalize_samples
 from phyla.quantized.functional.packed_conv import packed_conv2d, packed_max_pool2d
+from phyla.quantized.functional.paths import kernel_path
 from phyla.quantized.functional.residual import residual
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "biper",
     "ede_sign",
     "irnet_latent",
+    "kernel_path",
     "normalize_samples",
     "pack",
     "packed_conv2d",

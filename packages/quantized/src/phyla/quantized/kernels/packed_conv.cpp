@@ -85,8 +85,9 @@ class Patches {
       : g_(g), x_(x), pixel_(words_of(g.channels)), channels_(out_channels), rows_(g.out_height, g.height, g.kh, g.sh, g.ph, g.dh, g.corrected()),
         cols_(g.out_width, g.width, g.kw, g.sw, g.pw, g.dw, g.corrected()), sums_(rows_.kinds.size() * cols_.kinds.size() * out_channels, int32_t(g.length())) {}
 
-  const uint32_t* tile(int64_t row, int64_t rows, int64_t group, uint32_t* memory) const {
-    if (g_.plain()) return reinterpret_cast<const uint32_t*>(x_ + row * pixel_);
+  const uint32_t* direct() const { return g_.plain() ? reinterpret_cast<const uint32_t*>(x_) : nullptr; }
+
+  void gather(int64_t row, int64_t rows, int64_t group, uint32_t* memory) const {
     const int64_t width = words_of(g_.length());
     uint64_t* out = reinterpret_cast<uint64_t*>(memory);
     each(row, rows, [&](int64_t n, int64_t y, int64_t x) {
@@ -95,16 +96,14 @@ class Patches {
       else append_bits(image, y * g_.sh - g_.ph, x * g_.sw - g_.pw, group, out);
       out += width;
     });
-    return memory;
   }
 
   void bases(int64_t row, int64_t rows, const int32_t** out) const {
     each(row, rows, [&](int64_t, int64_t y, int64_t x) { *out++ = sums_.data() + (rows_.kind[y] * int64_t(cols_.kinds.size()) + cols_.kind[x]) * channels_; });
   }
 
-  void prepare(const Path& path, const Block* blocks, int64_t count, const Relaid& relaid) {
-    if (!g_.corrected()) return;
-    parallel_units(count, [&](int64_t b) { begin_sums(path, blocks[b], relaid); }, std::max<int64_t>(1, kTaskProducts / (kBlock * g_.length())));
+  void prepare(const Path& path, const Block& block, const uint32_t* relaid) {
+    if (g_.corrected()) begin_sums(path, block, relaid);
   }
 
  private:
@@ -143,6 +142,14 @@ class Patches {
     const int64_t depth = g_.depth(), start = group * depth;
     const uint64_t pad = g_.padding_value < 0 ? ~uint64_t(0) : 0;
     Writer writer(out);
+    if (pixel_ == 1 && inside(top, left) && inside(top + (g_.kh - 1) * g_.dh, left + (g_.kw - 1) * g_.dw)) {  // most pixels of narrow images
+      const uint64_t mask = low_bits(depth);
+      for (int64_t i = 0; i < g_.kh; ++i) {
+        const uint64_t* line = image + (top + i * g_.dh) * g_.width + left;
+        for (int64_t j = 0; j < g_.kw; ++j) writer.append(line[j * g_.dw] >> start & mask, depth);
+      }
+      return writer.finish();
+    }
     for (int64_t i = 0; i < g_.kh; ++i)
       for (int64_t j = 0; j < g_.kw; ++j) {
         const int64_t y = top + i * g_.dh, x = left + j * g_.dw;
@@ -161,13 +168,13 @@ class Patches {
   }
 
   // The sums over the channels of each tap of a block's weights, (taps, kBlock).
-  std::vector<int32_t> tap_sums(const Path& path, const Block& block, const Relaid& relaid) const {
+  std::vector<int32_t> tap_sums(const Path& path, const Block& block, const uint32_t* relaid) const {
     const int64_t taps = g_.taps(), depth = g_.depth(), halves = (g_.length() + 31) / 32, width = words_of(g_.length());
     std::vector<int32_t> sums(size_t(taps * kBlock));
     if (depth % 32 == 0) {  // a tap is whole words: its ones are what differs from +1
       const std::vector<uint32_t> plus(size_t(depth / 32));
       for (int64_t t = 0; t < taps; ++t)
-        path.relaid(plus.data(), 0, 1, relaid.of(block) + t * (depth / 32) * path.lanes, relaid.group, depth / 32, block.channels, sums.data() + t * kBlock);
+        path.relaid(plus.data(), 0, 1, relaid + t * (depth / 32) * path.lanes, halves * path.lanes, depth / 32, block.channels, sums.data() + t * kBlock);
       for (int32_t& s : sums) s = int32_t(depth) - 2 * s;
       return sums;
     }
@@ -176,14 +183,14 @@ class Patches {
     std::vector<int32_t> different(size_t((taps + 1) * kBlock));
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t i = t * depth; i < (t + 1) * depth; ++i) rows[t * width + i / 64] |= uint64_t(1) << i % 64;
-    path.relaid(reinterpret_cast<const uint32_t*>(rows.data()), 2 * width, taps + 1, relaid.of(block), relaid.group, halves, block.channels, different.data());
+    path.relaid(reinterpret_cast<const uint32_t*>(rows.data()), 2 * width, taps + 1, relaid, halves * path.lanes, halves, block.channels, different.data());
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t j = 0; j < block.channels; ++j) sums[t * kBlock + j] = different[t * kBlock + j] - different[taps * kBlock + j];
     return sums;
   }
 
   // The sums of a block begin with `length`, less the taps outside: the sum over intervals of rows, then over intervals of columns.
-  void begin_sums(const Path& path, const Block& block, const Relaid& relaid) {
+  void begin_sums(const Path& path, const Block& block, const uint32_t* relaid) {
     const std::vector<int32_t> taps = tap_sums(path, block, relaid);
     std::vector<int32_t> column(size_t(g_.kw * kBlock));
     int32_t total[kBlock] = {};

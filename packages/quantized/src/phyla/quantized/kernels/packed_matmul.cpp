@@ -8,24 +8,23 @@ constexpr int64_t kFewRows = 8;
 
 struct Rows {
   const uint64_t* a;
-  int64_t width;
   std::vector<int32_t> base;
 
-  const uint32_t* tile(int64_t row, int64_t, int64_t, uint32_t*) const { return reinterpret_cast<const uint32_t*>(a + row * width); }
-  void prepare(const Path&, const Block*, int64_t, const Relaid&) {}
+  const uint32_t* direct() const { return reinterpret_cast<const uint32_t*>(a); }
+  void gather(int64_t, int64_t, int64_t, uint32_t*) const {}
+  void prepare(const Path&, const Block&, const uint32_t*) {}
   void bases(int64_t, int64_t rows, const int32_t** out) const { std::fill_n(out, rows, base.data()); }
 };
 
 void few_rows(const Path& path, const Rows& source, int64_t rows, const Weights& weights, const Epilogue& epilogue) {
-  const int64_t width = weights.width(), work = rows * kBlock * std::max<int64_t>(weights.length, 1);
   parallel_units((weights.channels + kBlock - 1) / kBlock, [&](int64_t block) {
     const int64_t first = block * kBlock, channels = std::min(kBlock, weights.channels - first);
     int32_t different[kFewRows * kBlock];
     const int32_t* bases[kFewRows];
     source.bases(0, rows, bases);
-    path.stored(source.a, rows, weights.rows + first * width, channels, width, different);
+    path.stored(source.a, rows, weights.rows + first * weights.width(), channels, weights.width(), different);
     path.finish(epilogue, {0, rows, first, channels, bases}, different);
-  }, std::max<int64_t>(1, kTaskProducts / work));
+  }, grain(rows * kBlock * weights.length));
 }
 
 void multiply(const Tensor& a, const Tensor& b, int64_t length, const Epilogue& epilogue) {
@@ -34,7 +33,7 @@ void multiply(const Tensor& a, const Tensor& b, int64_t length, const Epilogue& 
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < left.dim(); ++d) rows *= left.size(d);
   if (rows == 0 || weights.channels == 0) return;
-  Rows source{words(left), weights.width(), std::vector<int32_t>(size_t(weights.channels), int32_t(length))};
+  Rows source{words(left), std::vector<int32_t>(size_t(weights.channels), int32_t(length))};
   if (rows <= kFewRows) few_rows(path(), source, rows, weights, epilogue);
   else product(path(), source, rows, weights, epilogue);
 }

@@ -56,7 +56,8 @@ PHYLA_INLINE __m256i count(int64_t n, const Vectors& x) {
       const __m256i c = carry(ones, x(k + 4), x(k + 5)), d = carry(ones, x(k + 6), x(k + 7)), second = carry(twos, c, d);
       eights = _mm256_add_epi8(eights, bytes_of(carry(fours, first, second)));
     }
-    __m256i rest = _mm256_add_epi8(bytes_of(ones), _mm256_add_epi8(bytes_of(twos, 2), bytes_of(fours, 4)));
+    __m256i rest = _mm256_setzero_si256();
+    if (k > begin) rest = _mm256_add_epi8(bytes_of(ones), _mm256_add_epi8(bytes_of(twos, 2), bytes_of(fours, 4)));
     for (; k < end; ++k) rest = _mm256_add_epi8(rest, bytes_of(x(k)));
     const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(eights, _mm256_set1_epi8(8)), _mm256_maddubs_epi16(rest, _mm256_set1_epi8(1)));
     total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

@@ -9,15 +9,23 @@
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// kLanes words of kLanes channels: the transpose is log2(kLanes) perfect shuffles of the rows.
+// kLanes words of kLanes channels: the transpose is log2(kLanes) perfect shuffles of the rows. Unrolled, so that rows are registers.
+template <int kSize>
+PHYLA_INLINE void shuffle_rows(Lanes (&x)[kLanes]) {
+  Lanes mixed[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes / 2; ++i) mixed[2 * i] = low(x[i], x[i + kLanes / 2]), mixed[2 * i + 1] = high(x[i], x[i + kLanes / 2]);
+  if constexpr (2 * kSize < kLanes) shuffle_rows<2 * kSize>(mixed);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) x[i] = mixed[i];
+}
 PHYLA_INLINE void relay_square(const uint32_t* rows, int64_t stride, uint32_t* out) {
-  Lanes x[kLanes], mixed[kLanes];
+  Lanes x[kLanes];
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) __builtin_memcpy(&x[i], rows + i * stride, sizeof(Lanes));
-  for (int size = 1; size < kLanes; size *= 2) {
-    for (int i = 0; i < kLanes / 2; ++i) mixed[2 * i] = low(x[i], x[i + kLanes / 2]), mixed[2 * i + 1] = high(x[i], x[i + kLanes / 2]);
-    for (int i = 0; i < kLanes; ++i) x[i] = mixed[i];
-  }
-  __builtin_memcpy(out, x, sizeof(x));
+  shuffle_rows<1>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) __builtin_memcpy(out + i * kLanes, &x[i], sizeof(Lanes));
 }
 
 void relay(const uint32_t* rows, int64_t stride, int64_t channels, int64_t words, uint32_t* out) {
