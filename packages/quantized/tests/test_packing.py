@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from phyla.quantized import (
 )
 from phyla.quantized.packed import PackedMaxPool2d
 from phyla.quantized.packing import packed_settings
+from phyla.quantized.react import RPReLU, RSign
 
 WEIGHTS = (SignSTE, ApproxSign, SwishSign, EDESign, lambda: BiPer(stage=2), ReCU, IRNet)
 
@@ -281,6 +283,40 @@ def test_a_sequential_with_its_own_forward_is_no_chain() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(conv(6, 6), Residual(nn.BatchNorm2d(6), conv(6, 6)), nn.BatchNorm2d(6), conv(6, 6))
     same(wild(model), torch.randn(3, 6, 8, 8), bits=0)
+
+
+@pytest.mark.parametrize("place", ["binarizer", "module"])
+@pytest.mark.parametrize("clip", [0.5, 10.0])
+def test_the_shift_of_an_rsign_is_folded(place: str, clip: float) -> None:
+    """Also behind a hardtanh that holds the shift's zero out of reach."""
+    torch.manual_seed(0)
+
+    def sign(channels: int, dim: int = 1) -> RSign:
+        made = RSign(channels, dim=dim)
+        made.shift.data.normal_()
+        return made
+
+    def join(norm: nn.Module, layer: Callable[..., nn.Module], dim: int = 1) -> list[nn.Module]:
+        activated = [norm, nn.Hardtanh(-clip, clip)]
+        return [*activated, layer(input_binarizer=sign(20, dim))] if place == "binarizer" else [*activated, sign(20, dim), layer()]
+
+    image = [conv(3, 20), nn.MaxPool2d(2), *join(nn.BatchNorm2d(20), partial(BinaryConv2d, 20, 7, 3)), nn.BatchNorm2d(7)]
+    row = [BinaryConv1d(3, 20, 3), *join(nn.BatchNorm1d(20), partial(BinaryConv1d, 20, 7, 3), -2)]
+    flat = [BinaryLinear(30, 20), *join(nn.BatchNorm1d(20), partial(BinaryLinear, 20, 7), -1)]
+    for parts, shape in ((image, (4, 3, 12, 12)), (row, (4, 3, 12)), (flat, (40, 30))):
+        same(wild(nn.Sequential(*parts)), torch.randn(shape), bits=1)
+
+
+def test_an_rsign_of_other_dimensions_or_pixels_is_not_folded() -> None:
+    torch.manual_seed(0)
+    along_rows = nn.Sequential(conv(3, 12), nn.BatchNorm2d(12), conv(12, 5, input_binarizer=RSign(12, dim=2)))
+    pixels = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.Flatten(), BinaryLinear(4 * 144, 5, input_binarizer=RSign(4 * 144)))
+    steep = nn.Sequential(conv(3, 12), nn.BatchNorm2d(12), RPReLU(12), conv(12, 5))
+    for model in (along_rows, pixels, steep):
+        for module in model.modules():
+            if isinstance(module, RSign):
+                module.shift.data.normal_()
+        same(wild(model), torch.randn(3, 3, 12, 12), bits=0)
 
 
 # residual networks

@@ -17,6 +17,7 @@ from phyla.quantized.layers import BinaryConv1d, BinaryConv2d, BinaryLayer, Bina
 from phyla.quantized.models import BinaryBlock, ResNet
 from phyla.quantized.packed import PackedConv1d, PackedConv2d, PackedLayer, PackedLinear, PackedMaxPool2d, binary_input, plain_sign
 from phyla.quantized.packed_block import PackedBlock
+from phyla.quantized.react import RSign
 
 __all__ = ["pack", "packed_settings"]
 
@@ -39,8 +40,8 @@ def pack(model: nn.Module, *, fold: bool = True) -> nn.Module:
 
     With `fold`, bits flow between layers:
 
-    1. In an `nn.Sequential`, also across nested ones, a binary layer -> [MaxPool2d] -> BatchNorm -> [Hardtanh, Identity, Dropout] ->
-       [Flatten] -> binary layer becomes a comparison of integers; the modules between the two layers become `nn.Identity`. The sums in
+    1. In an `nn.Sequential`, also across nested ones, a binary layer -> [MaxPool2d] -> BatchNorm -> [Hardtanh, Identity, Dropout, RSign]
+       -> [Flatten] -> binary layer becomes a comparison of integers; the modules between the two layers become `nn.Identity`. The sums in
        [-K, K] are all tried, so that the bits are those of the float graph.
     2. The residual blocks of this package's networks (`BinaryBlock`) keep floats and their bits in channels-last order.
 
@@ -178,7 +179,7 @@ class _Edge:
             if isinstance(module, norm) and has_statistics(module) and not self.flattened:
                 normalised = True
                 stage.append(module)
-            elif isinstance(module, nn.Hardtanh):
+            elif isinstance(module, nn.Hardtanh) or self._signs_each(module):
                 stage.append(module)
             elif _plain_pool(module) and isinstance(source, BinaryConv2d) and self.pool is None and not self.flattened:
                 self.pool = slot
@@ -190,14 +191,24 @@ class _Edge:
         if self.flattened:
             fits = isinstance(target, BinaryLinear) and target.in_features % channels == 0 and plain_sign(target.input_binarizer)
         else:
-            fits = type(source) is type(target) and _inputs(target) == channels and plain_sign(target.input_binarizer)
+            fits = type(source) is type(target) and _inputs(target) == channels and self._signs_each(target.input_binarizer)
             self.after.append(target.input_binarizer)
         return normalised and fits and binary_input(source)
 
+    @property
+    def spatial(self) -> int:
+        """Dimensions behind the channel."""
+        return self.source.weight.dim() - 2
+
+    def _signs_each(self, module: nn.Module) -> bool:
+        """Whether it is a sign of each value alone, or of each value and its channel's shift, ahead of a flattening."""
+        if isinstance(module, RSign) and not self.flattened and module.dim in (1, -1 - self.spatial):
+            module = module.binarizer
+        return plain_sign(module)
+
     def fold(self, layer: PackedLayer) -> None:
         """Give the packed source its threshold, and clear the modules in between."""
-        spatial = {BinaryLinear: 0, BinaryConv1d: 1, BinaryConv2d: 2}[type(self.source)]
-        fold = fold_modules(layer.scale, layer.bias, self.before, self.after, length=layer.length, spatial=spatial)
+        fold = fold_modules(layer.scale, layer.bias, self.before, self.after, length=layer.length, spatial=self.spatial)
         layer.fold(fold.folded)
         for slot in self.slots:
             slot.put(nn.Identity())
