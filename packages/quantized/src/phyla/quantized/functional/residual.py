@@ -16,10 +16,11 @@ from phyla.shared.kernels import Op
 def _residual(
     sums: Tensor, scale: Tensor, gain: Tensor, shift: Tensor, shortcut: Tensor | None, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
+    # Whether gain * x + shift is rounded once or twice is the affair of torch's batch normalisation: let it do that product and sum. It
+    # rounds dense operands in one way and strided ones in another.
+    gain, shift, scaled = gain.contiguous(), shift.contiguous(), sums.contiguous().to(torch.float32) * scale
     zero, one = torch.zeros_like(gain), torch.ones_like(gain)
-    # Whether gain * x + shift is rounded once or twice is the affair of torch's batch normalisation: let it do that product and sum.
-    scaled = (sums.to(torch.float32) * scale).movedim(-1, 1)
-    y = F.batch_norm(scaled, zero, one, gain, shift, False, 0.0, 0.0).movedim(1, -1)
+    y = F.batch_norm(scaled.movedim(-1, 1), zero, one, gain, shift, False, 0.0, 0.0).movedim(1, -1)
     if shortcut is not None:
         y = y + shortcut
     y = y.clamp(low, high).contiguous()
