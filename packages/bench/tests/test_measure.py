@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from phyla.bench.measure import StepClock, count_parameters, nearest_widths, shuffled, train
+from phyla.bench.measure import StepClock, at_the_best_rate, count_parameters, nearest_widths, shuffled, train
 
 
 def squares(model, rows):
@@ -54,6 +54,29 @@ def test_weight_decay_leaves_biases_and_norms_alone():
     plain, decayed = final(0.0), final(0.5)
     assert decayed[0] < 0.9 * plain[0]
     assert decayed[1:] == plain[1:]
+
+
+def test_the_rate_of_the_lowest_finite_loss_trains_every_seed():
+    losses, told = {0.1: math.nan, 0.2: 3.0, 0.3: 2.0, 0.4: -math.inf}, []
+
+    def loss(rate, progress):
+        progress(0.5)
+        return losses[rate]
+
+    def final(seed, rate, progress):
+        progress(1.0)
+        return seed, rate
+
+    found = at_the_best_rate(loss, final, rates=tuple(losses), seeds=(7, 8), progress=told.append)
+    assert found == (0.3, [(7, 0.3), (8, 0.3)])
+    assert told == pytest.approx([0.5 / 6, 1.5 / 6, 2.5 / 6, 3.5 / 6, 5 / 6, 1.0])
+
+
+def test_a_single_rate_is_taken_untried():
+    def loss(rate, progress):
+        raise AssertionError
+
+    assert at_the_best_rate(loss, lambda seed, rate, _: (seed, rate), rates=(0.1,), seeds=(1,), progress=id) == (0.1, [(1, 0.1)])
 
 
 def test_an_epoch_holds_every_sample_once_and_follows_the_seed():

@@ -8,6 +8,7 @@ import torch
 from scipy import special
 from torch import nn
 
+from phyla.bench import digits
 from phyla.bench.measure import count_parameters
 from phyla.bench.pipelines import curves, images, sequences
 
@@ -62,24 +63,44 @@ def test_a_trial_repeats_and_picks_the_better_rate():
     assert len(first.drawn) == 401
 
 
-@pytest.mark.parametrize("model", images.MODELS, ids=lambda model: model.name)
-def test_digits_are_learned(model):
+@pytest.fixture(scope="module")
+def bars():
+    """Pixels and labels of 5,000 pictures that anything learns: a bright bar whose place is the digit."""
     generator = np.random.default_rng(0)
-    digits = generator.integers(0, 10, 5000)
+    labels = generator.integers(0, 10, 5000)
     pixels = generator.integers(0, 60, (5000, 28, 28), dtype=np.uint8)
-    for digit in range(10):  # a bright bar whose place is the digit
-        pixels[digits == digit, 2 + 2 * digit : 5 + 2 * digit] += 180
-    found = images.learn(QUIET, model.name, pixels.reshape(5000, 784), digits, (0,), (1e-2,), 60)
+    for digit in range(10):
+        pixels[labels == digit, 2 + 2 * digit : 5 + 2 * digit] += 180
+    return pixels.reshape(5000, 784), labels
+
+
+@pytest.mark.parametrize("model", images.MODELS, ids=lambda model: model.name)
+def test_digits_are_learned(model, bars):
+    found = images.learn(QUIET, model.name, *bars, (0,), (1e-2,), 60)
     assert found.accuracies[0] > 60
     assert len(found.curves[0]) == images.CURVE_POINTS
     assert found.curves[0][-1] == found.accuracies[0]
 
 
+def test_a_trial_of_digits_repeats_and_picks_the_better_rate(bars):
+    first, again = (images.learn(QUIET, "MLP", *bars, (1,), (1e-7, 1e-2), 20) for _ in range(2))
+    assert first.rate == 1e-2
+    assert first.accuracies == again.accuracies
+
+
+def test_the_digits_are_complete():
+    pixels, labels = digits.mnist()
+    x, y = digits.tensors(pixels, labels)
+    assert x.shape == (5000, 1, 28, 28)
+    assert (x.min(), x.max()) == (-1, 1)
+    assert y.bincount().tolist() == [500] * 10
+
+
 def test_splits_do_not_overlap_and_follow_the_seed():
-    train, test = images.split(5000, 3)
-    assert (len(train), len(test)) == (images.TRAIN, 1000)
+    train, test = digits.split(5000, 3)
+    assert (len(train), len(test)) == (digits.TRAIN, 1000)
     assert len(torch.cat((train, test)).unique()) == 5000
-    assert not torch.equal(test, images.split(5000, 4)[1])
+    assert not torch.equal(test, digits.split(5000, 4)[1])
 
 
 def test_a_formula_is_read():

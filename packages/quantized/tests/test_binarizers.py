@@ -29,6 +29,7 @@ from phyla.quantized import functional as QF
 from phyla.quantized.functional import binarizers as kernels
 from phyla.quantized.functional import clip_mask
 from phyla.shared import testing
+from phyla.shared.kernels import Kernel
 from phyla.shared.testing import assert_close, check_kernel, fuzz, load_golden
 
 GOLDEN = load_golden(Path(__file__).parent / "golden" / "surrogates.npz")
@@ -120,11 +121,13 @@ def test_swish_derivative_is_finite_and_relative_everywhere(dtype: torch.dtype) 
         assert ((got.double() - expected).abs() <= 1e-4 * expected.abs() + 1e-36).all()
 
 
+@pytest.mark.parametrize("kernel", [kernels._surrogate_sign, kernels._normalized_sign])
 @pytest.mark.parametrize("numbers", [("approx", (1.0, 1.0)), ("swish", (5.0, 1.0)), ("tanh", (0.7, 1.5))])
-def test_surrogate_kernels(numbers: tuple[str, tuple[float, float]]) -> None:
+def test_surrogate_kernels(kernel: Kernel, numbers: tuple[str, tuple[float, float]]) -> None:
     """All checks of a kernel but finite differences, which see the flat sign."""
-    x, curve = torch.randn(6, 5, dtype=torch.float64), torch.tensor(numbers[1], dtype=torch.float64)
-    case = testing._Case(kernels._surrogate_sign, (x, numbers[0], curve), None, (0,))
+    torch.manual_seed(0)
+    x, curve = 2 * torch.randn(6, 5, dtype=torch.float64) + 1, torch.tensor(numbers[1], dtype=torch.float64)
+    case = testing._Case(kernel, (x, numbers[0], curve), None, (0,))
     for check in (
         testing.kernel_parity,
         testing.kernel_transforms,
@@ -137,6 +140,30 @@ def test_surrogate_kernels(numbers: tuple[str, tuple[float, float]]) -> None:
         testing.kernel_empty,
     ):
         check(case)
+
+
+@pytest.mark.parametrize("binarizer", [SignSTE(), ApproxSign(), SwishSign(2.0), EDESign(0.7), IRNet(), BiPer(3.0), BiPer(3.0, stage=2)])
+@pytest.mark.parametrize("shape", [(3, 50, 70), (1, 2), (2, 3, 40, 30)])
+def test_normalized_signs(binarizer: Binarizer, shape: tuple[int, ...]) -> None:
+    """The one-op form has the gradients of the division and the binarizer one after the other."""
+    torch.manual_seed(0)
+    x, grad = 5 * torch.randn(shape, dtype=torch.float64) + 2, torch.randn(shape, dtype=torch.float64)
+    for batched in (True, False):
+
+        def apart(t: Tensor, batched: bool = batched) -> Tensor:
+            y: Tensor = binarizer(QF.normalize_samples(t, batched=batched))
+            return y
+
+        def together(t: Tensor, batched: bool = batched) -> Tensor:
+            return binarizer.normalized(t, batched=batched)
+
+        assert torch.equal(together(x), apart(x))
+        expected = slope(lambda t: apart(t) * grad, x)
+        assert_close("float64", slope(lambda t: together(t) * grad, x), expected, 1e-10)
+        if not isinstance(binarizer, SignSTE):  # the edges of its window are sharp
+            assert_close("float32", slope(lambda t: together(t) * grad, x.float()), expected, 2e-5, least=0.1)
+        last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        assert_close("other strides", slope(lambda t: together(t) * grad, last), expected, 1e-10)
 
 
 def test_biper_kernel() -> None:

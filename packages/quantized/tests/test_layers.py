@@ -18,6 +18,7 @@ from phyla.quantized import (
     EDESign,
     IRNet,
     ReCU,
+    RSign,
     SignSTE,
     SwishSign,
     biper_penalty,
@@ -134,6 +135,15 @@ def test_normalization_moves_the_window_only_and_only_in_training() -> None:
     alone = x[0].clone().requires_grad_()
     layer.train()(alone).square().sum().backward()
     assert_close("one sample without a batch", alone.grad, grads[True][0], 1e-12)
+
+
+def test_normalization_does_not_move_a_learned_threshold() -> None:
+    torch.manual_seed(0)
+    layer = BinaryLinear(9, 4, input_binarizer=RSign(9, dim=-1), normalize_input=True)
+    with torch.no_grad():
+        layer.input_binarizer.shift.normal_()
+    x = 3 * torch.randn(5, 9)
+    assert torch.equal(layer.train()(x), layer.eval()(x))
 
 
 def test_real_inputs_and_real_weights() -> None:

@@ -6,9 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from phyla.bench.sandbox import Progress
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -83,6 +88,38 @@ def train(
             break
         after_step(done)
     return clock
+
+
+def at_the_best_rate(
+    loss: Callable[[float, Progress], float],
+    final: Callable[[int, float, Progress], T],
+    *,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    progress: Progress,
+) -> tuple[float, list[T]]:
+    """Train once a seed, with the learning rate of the lowest loss if there is a choice.
+
+    Args:
+        loss: `loss(rate, progress)` trains with a rate and returns a loss on data that no score sees; the lowest finite one wins.
+        final: `final(seed, rate, progress)` trains with the rate that was found.
+        rates: learning rates; a single one is taken untried.
+        seeds: seeds of the final trainings.
+        progress: is told of the whole; `loss` and `final` tell theirs the share of their own training that is done.
+
+    Returns:
+        The rate, and what `final` returned for each seed.
+    """
+    tried = rates if len(rates) > 1 else ()
+    total = len(tried) + len(seeds)
+
+    def part(index: int) -> Progress:
+        return lambda share: progress((index + share) / total)
+
+    losses = [loss(rate, part(index)) for index, rate in enumerate(tried)]
+    ranked = [value if math.isfinite(value) else math.inf for value in losses]
+    rate = rates[ranked.index(min(ranked))] if tried else rates[0]
+    return rate, [final(seed, rate, part(len(tried) + index)) for index, seed in enumerate(seeds)]
 
 
 def shuffled(count: int, batch_size: int, *, seed: int) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from phyla.quantized import functional as QF
-from phyla.quantized.functional.binarizers import clamped_latent, recu_quantile, surrogate_sign
+from phyla.quantized.functional.binarizers import clamped_latent, normalized_sign, recu_quantile, surrogate_sign
 from phyla.shared import checks
 
 
@@ -29,6 +29,11 @@ class Binarizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Binary values of `x`, with its shape and dtype."""
         raise NotImplementedError
+
+    def normalized(self, x: Tensor, *, batched: bool = True) -> Tensor:
+        """Binary values of `functional.normalize_samples(x)`; where that changes no sign, only the surrogate sees the division."""
+        y: Tensor = self(QF.normalize_samples(x, batched=batched))
+        return y
 
     def scale(self, x: Tensor) -> Tensor | None:
         """Positive factor of each output channel, `(x.shape[0],)`, without a gradient; None for no factor."""
@@ -61,6 +66,24 @@ class Binarizer(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in self._numbers)
 
 
+class _Surrogate(Binarizer):
+    """A sign whose derivative is a curve of a slope and a height."""
+
+    _surrogate: ClassVar[str]
+
+    def _shape(self) -> tuple[float, float] | Tensor:
+        """Slope and height; a tensor where they change over training."""
+        return 1.0, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Signs of `x`, with its shape and dtype."""
+        return surrogate_sign(x, self._surrogate, self._shape())
+
+    def normalized(self, x: Tensor, *, batched: bool = True) -> Tensor:
+        """Signs of `x`, with the surrogate at `functional.normalize_samples(x)`; keeps `x` alone for backward."""
+        return normalized_sign(x, self._surrogate, self._shape(), batched=batched)
+
+
 def _positive(name: str, value: float) -> float:
     return checks.in_range(name, value, 0.0, low_open=True)
 
@@ -88,22 +111,20 @@ class SignSTE(Binarizer):
         return QF.sign_ste(x, clip=self.clip)
 
 
-class ApproxSign(Binarizer):
+class ApproxSign(_Surrogate):
     """Sign with the derivative max(0, 2 - 2 abs(x)).
 
     Source: "Bi-Real Net: Enhancing the Performance of 1-bit CNNs With Improved Representational Capability and Advanced Training
         Algorithm", section 3.3.
     """
 
+    _surrogate = "approx"
+
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Signs of `x`, with its shape and dtype."""
-        return QF.approx_sign(x)
 
-
-class SwishSign(Binarizer):
+class SwishSign(_Surrogate):
     """Sign with the derivative of the SignSwish function.
 
     Args:
@@ -116,17 +137,17 @@ class SwishSign(Binarizer):
     """
 
     _numbers = ("beta",)
+    _surrogate = "swish"
 
     def __init__(self, beta: float = 5.0) -> None:
         super().__init__()
         self.beta = _positive("beta", beta)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Signs of `x`, with its shape and dtype."""
-        return QF.swish_sign(x, beta=self.beta)
+    def _shape(self) -> tuple[float, float]:
+        return self.beta, 1.0
 
 
-class EDESign(Binarizer):
+class EDESign(_Surrogate):
     """Sign with the derivative k t (1 - tanh^2(t x)), which a schedule sharpens from nearly straight-through to nearly a sign.
 
     `set_progress(p)` sets t = t_min (t_max / t_min)^p and k = max(1 / t, 1).
@@ -144,6 +165,7 @@ class EDESign(Binarizer):
     """
 
     _numbers = ("t", "k", "t_min", "t_max")
+    _surrogate = "tanh"
 
     def __init__(self, t: float = 0.1, k: float | None = None, *, t_min: float = 0.1, t_max: float = 10.0) -> None:
         super().__init__()
@@ -180,9 +202,8 @@ class EDESign(Binarizer):
         t = 10 ** (low + (high - low) * progress)
         self._set(t, max(1 / t, 1.0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Signs of `x`, with its shape and dtype."""
-        return surrogate_sign(checks.floating("x", x), "tanh", self._curve)
+    def _shape(self) -> Tensor:
+        return self._curve
 
 
 class IRNet(EDESign):
@@ -203,6 +224,8 @@ class IRNet(EDESign):
     def forward(self, x: Tensor) -> Tensor:
         """Signs of the standardised weights `(out, ...)`."""
         return super().forward(QF.irnet_latent(x))
+
+    normalized = Binarizer.normalized
 
     def scale(self, x: Tensor) -> Tensor:
         """2^round(log2(mean abs(latent))) of each channel, exact powers of two, `(x.shape[0],)`."""

@@ -78,10 +78,13 @@ class BinaryLayer(nn.Module):
 
     def binary_input(self, x: Tensor) -> Tensor:
         """B_in(n(x)), with the shape of `x`."""
-        if self.normalize_input and self.training:
-            x = QF.normalize_samples(x, batched=x.dim() > self._sample_dims)
-        out: Tensor = self.input_binarizer(x)
-        return out
+        if not (self.normalize_input and self.training):
+            out: Tensor = self.input_binarizer(x)
+            return out
+        batched = x.dim() > self._sample_dims
+        if isinstance(self.input_binarizer, Binarizer):
+            return self.input_binarizer.normalized(x, batched=batched)
+        return QF.normalize_samples(x, batched=batched)
 
     def _operate(self, operation: Callable[[Tensor, Tensor], Tensor], binary: Tensor, channel: int) -> Tensor:
         """The operation on binary input and weight, then the factors and the bias on dimension `channel` (negative) of its output."""

@@ -64,6 +64,10 @@ class RSign(Binarizer):
         y: Tensor = self.binarizer(x + _along(self.shift, x, self.dim).to(x.dtype))
         return y
 
+    def normalized(self, x: Tensor, *, batched: bool = True) -> Tensor:
+        """Signs of the shifted `x`, with the surrogate at the normalized sum: the thresholds do not move."""
+        return self.binarizer.normalized(x + _along(self.shift, x, self.dim).to(x.dtype), batched=batched)
+
     def extra_repr(self) -> str:
         """Channels and their dimension."""
         return f"{self.num_channels}, dim={self.dim}"

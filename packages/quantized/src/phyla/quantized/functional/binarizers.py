@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from phyla.quantized.functional.clip_mask import hard_sign, masked_sign, straight
+from phyla.quantized.functional.normalization import check_samples, scaled_samples
 from phyla.shared import checks
 from phyla.shared.kernels import Kernel
 
@@ -41,6 +42,12 @@ def _surrogate_composite(x: Tensor, surrogate: str, curve: Tensor) -> Tensor:
     return straight(hard_sign(x), height * antiderivative(_finite(slope * x)))
 
 
+def _normalized_composite(x: Tensor, surrogate: str, curve: Tensor) -> Tensor:
+    """sign(x) with the derivatives of the surrogate at the normalized samples."""
+    soft = _surrogate_composite(scaled_samples(x, list(range(1, x.dim()))), surrogate, curve)
+    return straight(hard_sign(x), soft)
+
+
 def _biper_composite(x: Tensor, frequency: float, hard: bool) -> Tensor:
     phase = frequency * x
     return straight(hard_sign(torch.sin(phase)), torch.sin(_finite(phase))) if hard else torch.sin(phase)
@@ -52,6 +59,12 @@ _surrogate_sign = Kernel(
     differentiable=("x",),
     fake=lambda x, surrogate, curve: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
+_normalized_sign = Kernel(
+    "phyla_quantized::normalized_sign(Tensor x, str surrogate, Tensor curve) -> Tensor",
+    _normalized_composite,
+    differentiable=("x",),
+    fake=lambda x, surrogate, curve: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
 _biper = Kernel(
     "phyla_quantized::biper(Tensor x, float frequency, bool hard) -> Tensor",
     _biper_composite,
@@ -60,14 +73,26 @@ _biper = Kernel(
 )
 
 
+def _numbers(x: Tensor, curve: Sequence[float] | Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return curve.to(x.device, dtype) if isinstance(curve, Tensor) else torch.tensor(curve, dtype=dtype, device=x.device)
+
+
 def surrogate_sign(x: Tensor, surrogate: str, curve: Sequence[float] | Tensor) -> Tensor:
     """sign(x) with the surrogate "approx", "swish" or "tanh" of a slope and a height.
 
     A schedule gives the two numbers as a tensor: a compiled graph then takes them as data, and is not compiled again as they change.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    numbers = curve.to(x.device, dtype) if isinstance(curve, Tensor) else torch.tensor(curve, dtype=dtype, device=x.device)
+    numbers = _numbers(checks.floating("x", x), curve)
     return _elementwise(lambda t: _surrogate_sign(t, surrogate, numbers), x)
+
+
+def normalized_sign(x: Tensor, surrogate: str, curve: Sequence[float] | Tensor, *, batched: bool = True) -> Tensor:
+    """`surrogate_sign` of `normalize_samples(x)` in one op that keeps x alone: the division moves the surrogate, but changes no sign."""
+    check_samples(x, batched)
+    numbers = _numbers(x, curve)
+    out = _elementwise(lambda t: _normalized_sign(t, surrogate, numbers), x if batched else x.unsqueeze(0))
+    return out if batched else out.squeeze(0)
 
 
 def _elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -113,7 +138,7 @@ def approx_sign(x: Tensor) -> Tensor:
     Source: "Bi-Real Net: Enhancing the Performance of 1-bit CNNs With Improved Representational Capability and Advanced Training
         Algorithm", section 3.3.
     """
-    return surrogate_sign(checks.floating("x", x), "approx", (1.0, 1.0))
+    return surrogate_sign(x, "approx", (1.0, 1.0))
 
 
 def swish_sign(x: Tensor, *, beta: float = 5.0) -> Tensor:
@@ -132,7 +157,6 @@ def swish_sign(x: Tensor, *, beta: float = 5.0) -> Tensor:
 
     Source: "BNN+: Improved Binary Network Training", section 3.1 (SignSwish).
     """
-    checks.floating("x", x)
     return surrogate_sign(x, "swish", (checks.in_range("beta", beta, 0.0, low_open=True), 1.0))
 
 
@@ -153,7 +177,6 @@ def ede_sign(x: Tensor, *, t: float, k: float | None = None) -> Tensor:
 
     Source: "Forward and Backward Information Retention for Accurate Binary Neural Networks", section 3.3.
     """
-    checks.floating("x", x)
     slope = checks.in_range("t", t, 0.0, low_open=True)
     height = max(1 / slope, 1.0) if k is None else checks.in_range("k", k, 0.0, low_open=True)
     return surrogate_sign(x, "tanh", (slope, height))

@@ -27,7 +27,7 @@ def words_of(length: int) -> int:
 
 def check_length(name: str, length: object) -> int:
     """A count of elements whose dot product fits int32; 0 is one. Raises: TypeError, ValueError."""
-    count = 0 if isinstance(length, int) and not isinstance(length, bool) and length == 0 else checks.positive_int(name, length)
+    count = length if type(length) is int and length >= 0 else checks.positive_int(name, length)
     if count >= 1 << 31:
         raise ValueError(f"{name}: expected less than 2**31 elements, whose product fits int32, got {length}")
     return count
@@ -149,7 +149,7 @@ def pack(x: Tensor) -> Tensor:
     """
     if checks.floating("x", x).dim() < 1:
         raise ValueError(f"x: expected at least 1 dimension, got shape {tuple(x.shape)}")
-    packed: Tensor = _pack_op(x.detach())
+    packed: Tensor = _pack_op(x.detach() if x.requires_grad else x)
     return packed
 
 

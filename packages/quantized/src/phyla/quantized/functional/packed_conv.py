@@ -33,21 +33,23 @@ class Geometry(NamedTuple):
 
     def output(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output."""
-        rows, cols = (
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip((height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
-        )
-        return rows, cols
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self.kernel_size, self.stride, self.padding, self.dilation
+        return (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
 
 
 GEOMETRY = "int channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, int padding_value"
 
 
-def _pair(name: str, value: object, *, least: int) -> list[int]:
-    values = list(value) if isinstance(value, tuple | list) else [value, value]
-    if len(values) != 2:
+def _whole(name: str, value: object, least: int = 1) -> int:
+    return value if type(value) is int and value >= least else checks.positive_int(name, value)  # most calls need no more than this
+
+
+def _pair(name: str, value: object, least: int = 1) -> list[int]:
+    if not isinstance(value, tuple | list):
+        return [_whole(name, value, least)] * 2
+    if len(value) != 2:
         raise ValueError(f"{name}: expected an int or two of them, got {value!r}")
-    return [0 if least == 0 and type(v) is int and v == 0 else checks.positive_int(name, v) for v in values]
+    return [_whole(name, v, least) for v in value]
 
 
 def check_conv(
@@ -63,17 +65,17 @@ def check_conv(
     padding_value: object,
 ) -> tuple[Tensor, Tensor, Geometry]:
     """The operands and the geometry of a packed convolution. Raises: TypeError, ValueError."""
-    count, blocks = checks.positive_int("channels", channels), checks.positive_int("groups", groups)
+    count, blocks = _whole("channels", channels), _whole("groups", groups)
     if count % blocks:
         raise ValueError(f"groups must divide channels: got groups={blocks}, channels={count}")
-    if isinstance(padding_value, bool) or not isinstance(padding_value, int) or padding_value not in (0, 1, -1):
+    if type(padding_value) is not int or padding_value not in (0, 1, -1):
         raise ValueError(f"padding_value: expected 0, 1 or -1, got {padding_value!r}")
     geometry = Geometry(
         count,
-        _pair("kernel_size", kernel_size, least=1),
-        _pair("stride", stride, least=1),
-        _pair("padding", padding, least=0),
-        _pair("dilation", dilation, least=1),
+        _pair("kernel_size", kernel_size),
+        _pair("stride", stride),
+        _pair("padding", padding, 0),
+        _pair("dilation", dilation),
         blocks,
         padding_value,
     )
@@ -84,7 +86,7 @@ def check_conv(
     if geometry.length >= 1 << 31:
         raise ValueError(f"kernel_size: expected less than 2**31 products an output, got {geometry.length}")
     sizes = geometry.output(images.shape[1], images.shape[2])
-    if min(sizes) < 1:
+    if sizes[0] < 1 or sizes[1] < 1:
         raise ValueError(f"x: expected an image that the kernel fits in with its padding, got shape {tuple(images.shape)} for {geometry}")
     return images, filters, geometry
 
@@ -212,8 +214,8 @@ def packed_max_pool2d(x: Tensor, kernel_size: Pair, stride: Pair | None = None, 
     Source: a maximum commutes with a monotone function.
     """
     images = check_words("x", x, 64 * x.shape[-1] if isinstance(x, Tensor) and x.dim() else 0, 4)
-    kernel = _pair("kernel_size", kernel_size, least=1)
-    steps = kernel if stride is None else _pair("stride", stride, least=1)
+    kernel = _pair("kernel_size", kernel_size)
+    steps = kernel if stride is None else _pair("stride", stride)
     if images.shape[1] < kernel[0] or images.shape[2] < kernel[1]:
         raise ValueError(f"x: expected an image of at least {kernel[0]} x {kernel[1]} pixels, got shape {tuple(images.shape)}")
     mask: Tensor | None = None

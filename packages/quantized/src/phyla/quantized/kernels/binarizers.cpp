@@ -78,7 +78,7 @@ PHYLA_INLINE T swish(T x, T slope, T height) {
   return slope * height * 2 * u * inverse * inverse * (2 - a * (1 - u) * inverse);
 }
 template <class T>
-PHYLA_INLINE T tanh_slope(T x, T slope, T height) {
+PHYLA_INLINE T tanh_(T x, T slope, T height) {
   const T u = decay(bounded(2 * slope * x)), inverse = 1 / (1 + u);
   return slope * height * 4 * u * inverse * inverse;
 }
@@ -143,6 +143,33 @@ PHYLA_INLINE void biper_slope_block(const T* grad, const T* x, T* dx, int64_t si
   }
 }
 
+// Backward of sign(x) with the surrogate at z = r x, r = 1 / sqrt(var + 1e-5), over one sample:
+// dx = r g s(z) - r^3 (x - mean) / (size - 1) sum(x g s(z)). Sums of blocks in T, sums of sums in float64.
+template <class T, class Slope>
+PHYLA_INLINE void normalized_run(const T* grad, const T* x, T* dx, int64_t size, const Slope& slope_at) {
+  const auto total = [&](const auto& term) __attribute__((always_inline)) {
+    double sum = 0;
+    for (int64_t at = 0; at < size; at += kBlock) {
+      const int64_t end = std::min(size, at + kBlock);
+      T part = 0;
+      for (int64_t i = at; i < end; ++i) part += term(i);
+      sum += part;
+    }
+    return sum;
+  };
+  const double mean = total([&](int64_t i) __attribute__((always_inline)) { return x[i]; }) / size;
+  const T centre = T(mean);
+  const double squares = total([&](int64_t i) __attribute__((always_inline)) { return (x[i] - centre) * (x[i] - centre); });
+  const double exact = 1 / std::sqrt(squares / (size - 1) + 1e-5);
+  const T r = T(exact);
+  const double product = total([&](int64_t i) __attribute__((always_inline)) {
+    dx[i] = grad[i] * slope_at(r * x[i]);
+    return dx[i] * x[i];
+  });
+  const T pull = T(exact * exact * exact * product / (size - 1));
+  for (int64_t i = 0; i < size; ++i) dx[i] = r * dx[i] - pull * (x[i] - centre);
+}
+
 // Eight bytes of 0 or 1 become eight bits.
 PHYLA_INLINE uint64_t bits_of(const uint8_t* bytes) {
   uint64_t eight = 0;
@@ -175,18 +202,16 @@ PHYLA_INLINE void keep_inside_run(const T* grad, const int64_t* mask, T* dx, int
 }
 
 // Each body compiled for every instruction set; all that it calls is inlined here.
+#define PHYLA_SURROGATE(T, name)                                                                                                   \
+  PHYLA_CLONES void run_##name(const T* grad, const T* x, T* dx, int64_t size, T slope, T height) {                                \
+    for (int64_t i = 0; i < size; ++i) dx[i] = grad[i] * name(x[i], slope, height);                                                \
+  }                                                                                                                                \
+  PHYLA_CLONES void run_normalized_##name(const T* grad, const T* x, T* dx, int64_t size, T slope, T height) {                     \
+    normalized_run(grad, x, dx, size, [=](T z) __attribute__((always_inline)) { return name(z, slope, height); });                 \
+  }
 #define PHYLA_BINARIZERS(T)                                                                                                        \
   PHYLA_CLONES void run_sign(const T* x, T* y, int64_t size) {                                                                     \
     for (int64_t i = 0; i < size; ++i) y[i] = sign(x[i]);                                                                          \
-  }                                                                                                                                \
-  PHYLA_CLONES void run_approx(const T* grad, const T* x, T* dx, int64_t size, T slope, T height) {                                \
-    for (int64_t i = 0; i < size; ++i) dx[i] = grad[i] * approx(x[i], slope, height);                                              \
-  }                                                                                                                                \
-  PHYLA_CLONES void run_swish(const T* grad, const T* x, T* dx, int64_t size, T slope, T height) {                                 \
-    for (int64_t i = 0; i < size; ++i) dx[i] = grad[i] * swish(x[i], slope, height);                                               \
-  }                                                                                                                                \
-  PHYLA_CLONES void run_tanh(const T* grad, const T* x, T* dx, int64_t size, T slope, T height) {                                  \
-    for (int64_t i = 0; i < size; ++i) dx[i] = grad[i] * tanh_slope(x[i], slope, height);                                          \
   }                                                                                                                                \
   PHYLA_CLONES void run_biper(const T* x, T* y, int64_t size, T frequency, bool hard) {                                            \
     for (int64_t at = 0; at < size; at += kBlock) {                                                                                \
@@ -203,8 +228,9 @@ PHYLA_INLINE void keep_inside_run(const T* grad, const int64_t* mask, T* dx, int
   }                                                                                                                                \
   PHYLA_CLONES void run_sign_and_mask(const T* x, T* y, int64_t* mask, int64_t size, T clip) { sign_and_mask_run(x, y, mask, size, clip); } \
   PHYLA_CLONES void run_keep_inside(const T* grad, const int64_t* mask, T* dx, int64_t size) { keep_inside_run(grad, mask, dx, size); }
-PHYLA_BINARIZERS(float)
-PHYLA_BINARIZERS(double)
+#define PHYLA_ALL(T) PHYLA_BINARIZERS(T) PHYLA_SURROGATE(T, approx) PHYLA_SURROGATE(T, swish) PHYLA_SURROGATE(T, tanh_)
+PHYLA_ALL(float)
+PHYLA_ALL(double)
 
 // fn(at, size) for pieces of kUnit elements on torch's threads.
 template <class Fn>
@@ -234,19 +260,53 @@ Tensor hard_sign(const Tensor& x) {
   return map(phyla::dense(x), [](auto* in, auto* out, int64_t, int64_t size) { run_sign(in, out, size); });
 }
 
+enum class Surrogate { approx, swish, tanh };
+
+Surrogate surrogate_named(const std::string& name) {
+  STD_TORCH_CHECK(name == "approx" || name == "swish" || name == "tanh", "surrogate_sign: surrogate must be approx, swish or tanh");
+  return name == "approx" ? Surrogate::approx : name == "swish" ? Surrogate::swish : Surrogate::tanh;
+}
+
+void expect_curve(const Tensor& curve, const Tensor& x) {
+  STD_TORCH_CHECK(curve.numel() == 2 && curve.scalar_type() == x.scalar_type(), "surrogate_sign: curve must be (slope, height) in the dtype of x");
+}
+
 Tensor surrogate_sign(const Tensor& x, std::string, const Tensor&) { return hard_sign(x); }
 
 Tensor surrogate_sign_backward(const Tensor& grad_any, const Tensor& x_any, std::string surrogate, const Tensor& curve_any, int64_t) {
   const Tensor grad = phyla::dense(grad_any), x = phyla::dense(x_any), curve = phyla::dense(curve_any);
   expect_alike(grad, x);
-  STD_TORCH_CHECK(curve.numel() == 2 && curve.scalar_type() == x.scalar_type(), "surrogate_sign: curve must be (slope, height) in the dtype of x");
+  expect_curve(curve, x);
+  const Surrogate kind = surrogate_named(surrogate);
   return map(x, [&](auto* in, auto* out, int64_t at, int64_t size) {
     using T = std::remove_pointer_t<decltype(out)>;
     const T *g = phyla::data<T>(grad) + at, *numbers = phyla::data<T>(curve);
-    if (surrogate == "approx") return run_approx(g, in, out, size, numbers[0], numbers[1]);
-    if (surrogate == "swish") return run_swish(g, in, out, size, numbers[0], numbers[1]);
-    STD_TORCH_CHECK(surrogate == "tanh", "surrogate_sign: surrogate must be approx, swish or tanh");
-    run_tanh(g, in, out, size, numbers[0], numbers[1]);
+    if (kind == Surrogate::approx) return run_approx(g, in, out, size, numbers[0], numbers[1]);
+    if (kind == Surrogate::swish) return run_swish(g, in, out, size, numbers[0], numbers[1]);
+    run_tanh_(g, in, out, size, numbers[0], numbers[1]);
+  });
+}
+
+// The first dimension of x is the batch.
+Tensor normalized_sign_backward(const Tensor& grad_any, const Tensor& x_any, std::string surrogate, const Tensor& curve_any, int64_t) {
+  const Tensor grad = phyla::dense(grad_any), x = phyla::dense(x_any), curve = phyla::dense(curve_any);
+  expect_alike(grad, x);
+  expect_curve(curve, x);
+  STD_TORCH_CHECK(x.dim() > 1, "normalized_sign: x must have a batch of samples");
+  const Surrogate kind = surrogate_named(surrogate);
+  return phyla::dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    Tensor dx = phyla::empty<T>(phyla::sizes_of(x));
+    const int64_t batch = x.size(0), size = batch ? x.numel() / batch : 0;
+    const T *g = phyla::data<T>(grad), *in = phyla::data<T>(x), *numbers = phyla::data<T>(curve);
+    T* out = phyla::mutable_data<T>(dx);
+    phyla::parallel_units(batch, [&](int64_t n) {
+      const int64_t at = n * size;
+      if (kind == Surrogate::approx) return run_normalized_approx(g + at, in + at, out + at, size, numbers[0], numbers[1]);
+      if (kind == Surrogate::swish) return run_normalized_swish(g + at, in + at, out + at, size, numbers[0], numbers[1]);
+      run_normalized_tanh_(g + at, in + at, out + at, size, numbers[0], numbers[1]);
+    });
+    return dx;
   });
 }
 
@@ -291,6 +351,8 @@ STABLE_TORCH_LIBRARY_IMPL(phyla_quantized, CPU, m) {
   m.impl("hard_sign", TORCH_BOX(&hard_sign));
   m.impl("surrogate_sign", TORCH_BOX(&surrogate_sign));
   m.impl("surrogate_sign_backward", TORCH_BOX(&surrogate_sign_backward));
+  m.impl("normalized_sign", TORCH_BOX(&surrogate_sign));
+  m.impl("normalized_sign_backward", TORCH_BOX(&normalized_sign_backward));
   m.impl("biper", TORCH_BOX(&biper));
   m.impl("biper_backward", TORCH_BOX(&biper_backward));
   m.impl("sign_and_mask", TORCH_BOX(&sign_and_mask));

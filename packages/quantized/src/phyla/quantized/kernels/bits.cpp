@@ -36,19 +36,24 @@ std::optional<Columns> columns_of(const Tensor& x) {
   return Columns{images, pixels, image, x.stride(last)};
 }
 
+constexpr int64_t kStrip = 4;  // words of pixels that are packed at once: long enough reads of one channel
+
 void pack_columns(const Path& path, const char* x, Kind kind, const Columns& c, int64_t n, uint64_t* out) {
-  const int64_t size = size_of(kind), width = words_of(n), strips = words_of(c.pixels);
+  const int64_t size = size_of(kind), width = words_of(n), strips = (c.pixels + 64 * kStrip - 1) / (64 * kStrip);
   parallel_units(c.images * strips, [&](int64_t unit) {
-    const int64_t image = unit / strips, pixel = unit % strips * 64, pixels = std::min<int64_t>(64, c.pixels - pixel);
+    const int64_t image = unit / strips, first = unit % strips * 64 * kStrip, pixels = std::min(64 * kStrip, c.pixels - first), parts = words_of(pixels);
     for (int64_t w = 0; w < width; ++w) {
-      uint64_t square[64] = {};
+      uint64_t packed[64 * kStrip], square[64];
       const int64_t channels = std::min<int64_t>(64, n - 64 * w);
-      for (int64_t j = 0; j < channels; ++j)
-        path.pack[kind](x + (image * c.image + (64 * w + j) * c.column + pixel) * size, pixels, square + j);
-      path.transpose(square);
-      for (int64_t i = 0; i < pixels; ++i) out[(image * c.pixels + pixel + i) * width + w] = square[i];
+      path.pack[kind](x + (image * c.image + 64 * w * c.column + first) * size, c.column, channels, pixels, packed);
+      for (int64_t p = 0; p < parts; ++p) {
+        for (int64_t j = 0; j < 64; ++j) square[j] = j < channels ? packed[j * parts + p] : 0;
+        path.transpose(square);
+        uint64_t* to = out + (image * c.pixels + first + 64 * p) * width + w;
+        for (int64_t i = 0; i < std::min<int64_t>(64, pixels - 64 * p); ++i) to[i * width] = square[i];
+      }
     }
-  }, std::max<int64_t>(1, kGrain / (64 * std::max<int64_t>(n, 1))));
+  }, std::max<int64_t>(1, kGrain / (64 * kStrip * n)));
 }
 
 Tensor pack(const Tensor& x) {
@@ -67,11 +72,9 @@ Tensor pack(const Tensor& x) {
   }
   const Tensor held = dense(x);
   const char* from = static_cast<const char*>(held.const_data_ptr());
-  // Rows of whole words are one long row.
-  const int64_t row = n % 64 == 0 ? 64 : n, rows = held.numel() / row, step = words_of(row);
-  parallel_for(0, rows, std::max<int64_t>(1, kGrain / row), [&](int64_t begin, int64_t end) {
-    if (step == 1 && row == 64) return use.pack[kind](from + begin * 64 * size_of(kind), (end - begin) * 64, to + begin);
-    for (int64_t r = begin; r < end; ++r) use.pack[kind](from + r * row * size_of(kind), row, to + r * step);
+  const int64_t row = n % 64 == 0 ? 64 : n;  // rows of whole words are rows of one word
+  parallel_for(0, held.numel() / row, std::max<int64_t>(1, kGrain / row), [&](int64_t begin, int64_t end) {
+    use.pack[kind](from + begin * row * size_of(kind), row, end - begin, row, to + begin * words_of(row));
   });
   return out;
 }
@@ -89,7 +92,7 @@ Tensor unpack(const Tensor& packed, int64_t length, ScalarType type) {
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t width = words_of(length);
   parallel_for(0, out.numel() / length, std::max<int64_t>(1, kGrain / length), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) use.unpack[kind](from + r * width, length, to + r * length * size_of(kind));
+    use.unpack[kind](from + begin * width, end - begin, length, to + begin * length * size_of(kind));
   });
   return out;
 }

@@ -92,8 +92,10 @@ PHYLA_INLINE uint64_t signs(const int32_t* values, int64_t n) {
   for (; j < n; ++j) bits |= uint64_t(uint32_t(values[j]) >> 31) << j;
   return bits;
 }
+template <int N>
 PHYLA_INLINE uint64_t signs(const uint8_t* bytes) {
-  return uint64_t(uint32_t(_mm256_movemask_epi8(load(bytes)))) | uint64_t(uint32_t(_mm256_movemask_epi8(load(bytes + 32)))) << 32;
+  if constexpr (N == 16) return uint32_t(_mm_movemask_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+  else return uint64_t(uint32_t(_mm256_movemask_epi8(load(bytes)))) | uint64_t(uint32_t(_mm256_movemask_epi8(load(bytes + 32)))) << 32;
 }
 
 #include "path_common.h"

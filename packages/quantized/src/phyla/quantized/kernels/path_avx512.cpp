@@ -30,7 +30,11 @@ PHYLA_INLINE uint64_t signs(const int32_t* values, int64_t n) {
   }
   return bits;
 }
-PHYLA_INLINE uint64_t signs(const uint8_t* bytes) { return _mm512_movepi8_mask(_mm512_loadu_si512(bytes)); }
+template <int N>
+PHYLA_INLINE uint64_t signs(const uint8_t* bytes) {
+  if constexpr (N == 16) return _mm_movepi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  else return _mm512_movepi8_mask(_mm512_loadu_si512(bytes));
+}
 
 #include "lanes16.h"
 #include "path_common.h"

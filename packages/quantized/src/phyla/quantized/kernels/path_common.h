@@ -4,7 +4,7 @@
 //   low(x, y), high(x, y)              x0 y0 x1 y1 .. of the lower and of the upper halves
 //   kRows, count_rows<R>(a, stride, w, words, different)   bits that differ between R rows and kLanes channels
 //   count_stored(a, b, width)          bits that differ between two rows of 64-bit words
-//   signs(const int32_t*, n), signs(const uint8_t*)        sign bits of n <= 64 integers, of 64 bytes, as one word
+//   signs(const int32_t*, n), signs<N>(const uint8_t*)     sign bits of n <= 64 integers, of N = 16 or 64 bytes, as one word
 // No function of the standard library here: its inline code would be compiled for this instruction set and linked into the others.
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -126,28 +126,45 @@ struct Double {
   static constexpr uint64_t one = 0x3ff0000000000000u;
 };
 
+template <class Real, int N>
+PHYLA_INLINE uint64_t negatives(const typename Real::type* x) {
+  uint8_t negative[N];
+#pragma omp simd  // or GCC unrolls the short loop to scalar code
+  for (int j = 0; j < N; ++j) negative[j] = Real::negative(x[j]) ? 255 : 0;
+  return signs<N>(negative);
+}
+
 template <class Real>
-void pack(const void* values, int64_t n, uint64_t* words) {
-  const typename Real::type* x = static_cast<const typename Real::type*>(values);
-  uint8_t negative[kBlock];
-  for (; n >= kBlock; n -= kBlock, x += kBlock) {
-    for (int64_t j = 0; j < kBlock; ++j) negative[j] = Real::negative(x[j]) ? 255 : 0;
-    *words++ = signs(negative);
-  }
-  if (n > 0) {
-    for (int64_t j = 0; j < kBlock; ++j) negative[j] = j < n && Real::negative(x[j]) ? 255 : 0;
-    *words = signs(negative);
+void pack(const void* values, int64_t stride, int64_t rows, int64_t n, uint64_t* words) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const typename Real::type* x = static_cast<const typename Real::type*>(values) + r * stride;
+    int64_t j = 0;
+    for (; j + 64 <= n; j += 64) *words++ = negatives<Real, 64>(x + j);
+    if (j == n) continue;
+    uint64_t bits = 0;
+    int64_t place = 0;
+    for (; j + 16 <= n; j += 16, place += 16) bits |= negatives<Real, 16>(x + j) << place;
+    for (; j < n; ++j, ++place) bits |= uint64_t(Real::negative(x[j])) << place;
+    *words++ = bits;
   }
 }
 
 template <class Real>
-void unpack(const uint64_t* words, int64_t n, void* values) {
+void unpack(const uint64_t* words, int64_t rows, int64_t n, void* values) {
   typedef typename Real::type type;
   type* x = static_cast<type*>(values);
   constexpr int top = 8 * sizeof(type) - 1;
-  for (; n >= kBlock; n -= kBlock, x += kBlock, ++words)
-    for (int64_t j = 0; j < kBlock; ++j) x[j] = Real::one | type(*words >> j) << top;
-  for (int64_t j = 0; j < n; ++j) x[j] = Real::one | type(*words >> j) << top;
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t left = n;
+    for (; left >= kBlock; left -= kBlock, x += kBlock, ++words) {
+      const uint32_t low = uint32_t(*words), high = uint32_t(*words >> 32);
+      for (int j = 0; j < 32; ++j) x[j] = Real::one | type(low >> j) << top;
+      for (int j = 0; j < 32; ++j) x[j + 32] = Real::one | type(high >> j) << top;
+    }
+    if (left == 0) continue;
+    for (int64_t j = 0; j < left; ++j) x[j] = Real::one | type(*words >> j) << top;
+    x += left, ++words;
+  }
 }
 
 // Six rounds of exchanging off-diagonal blocks: "Hacker's Delight", section 7-3.

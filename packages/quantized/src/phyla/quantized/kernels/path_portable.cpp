@@ -35,11 +35,12 @@ PHYLA_INLINE uint64_t signs(const int32_t* values, int64_t n) {
   for (int64_t j = 0; j < n; ++j) bits |= uint64_t(uint32_t(values[j]) >> 31) << j;
   return bits;
 }
+template <int N>
 PHYLA_INLINE uint64_t signs(const uint8_t* bytes) {
   uint64_t bits = 0;
-  for (int64_t j = 0; j < 8; ++j) {
+  for (int j = 0; j < N / 8; ++j) {
     uint64_t octet = 0;  // byte i of it is all ones or zero; the product gathers bit i of byte i in the top byte
-    for (int64_t i = 0; i < 8; ++i) octet |= uint64_t(bytes[8 * j + i]) << 8 * i;
+    for (int i = 0; i < 8; ++i) octet |= uint64_t(bytes[8 * j + i]) << 8 * i;
     bits |= ((octet & 0x8040201008040201u) * 0x0101010101010101u >> 56) << 8 * j;
   }
   return bits;

@@ -46,8 +46,9 @@ struct Path {
   // The same of weights as they are stored, of the row stride `width` in 64-bit words.
   void (*stored)(const uint64_t* a, int64_t rows, const uint64_t* b, int64_t channels, int64_t width, int32_t* different);
   void (*finish)(const Epilogue& epilogue, const Place& place, const int32_t* different);
-  void (*pack[4])(const void* x, int64_t n, uint64_t* words);  // by Kind
-  void (*unpack[4])(const uint64_t* words, int64_t n, void* x);
+  // By Kind: `rows` rows of n elements, the distance of the packed ones in elements, that of the words is ceil(n/64).
+  void (*pack[4])(const void* x, int64_t stride, int64_t rows, int64_t n, uint64_t* words);
+  void (*unpack[4])(const uint64_t* words, int64_t rows, int64_t n, void* x);
   void (*transpose)(uint64_t* bits);  // a matrix of 64 x 64 bits
 };
 
