@@ -9,8 +9,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from phyla.quantized import ApproxSign, BinaryConv2d, SignSTE
 from phyla.quantized import functional as QF
 from phyla.shared.bench import Case, main
 
@@ -39,6 +41,41 @@ def biper_chain(x: Tensor) -> Tensor:
     """Sine, its sign, and the difference detached."""
     sine = torch.sin(20.0 * x)
     return sine + (torch.sign(sine) - sine).detach()
+
+
+def normalized_chain(x: Tensor) -> Tensor:
+    """The published order of a layer's input: a division by the standard deviation of the sample, then the sign."""
+    return approx_chain(x / torch.sqrt(x.var([1, 2, 3], keepdim=True) + 1e-5))
+
+
+class Chain(nn.Module):
+    """A binary 3 x 3 convolution as chains of torch ops."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, channels, 3, 3) / (3 * channels**0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(ste_chain(x), ste_chain(self.weight), padding=1)
+
+
+def stack(kind: str, depth: int = 6, channels: int = 64, size: int = 32, batch: int = 16) -> Callable[[], object]:
+    """A training step of binary convolutions, each behind a BatchNorm."""
+    torch.manual_seed(0)
+
+    def layer() -> nn.Module:
+        if kind == "chain":
+            return Chain(channels)
+        return BinaryConv2d(channels, channels, 3, padding=1, input_binarizer=SignSTE(), scale="none", save_bits=kind == "bits")
+
+    model = nn.Sequential(*(part for _ in range(depth) for part in (layer(), nn.BatchNorm2d(channels))))
+    x = torch.randn(batch, channels, size, size)
+
+    def run() -> None:
+        model.zero_grad()
+        model(x).square().mean().backward()
+
+    return run
 
 
 def step(function: Sign, shape: tuple[int, ...], compiled: bool = False) -> Callable[[], object]:
@@ -76,6 +113,12 @@ def case(name: str, ours: Sign, chain: Sign, least: float, shape: tuple[int, ...
 
 
 CASES = [
+    Case(
+        "six binary convolutions of 64 channels with BatchNorm, 16 x 32 x 32, training step",
+        {"phyla, save_bits": partial(stack, "bits"), "phyla": partial(stack, "plain"), "chain, eager": partial(stack, "chain")},
+        flops=6 * 3 * 2.0 * 16 * 1024 * 9 * 64 * 64,
+    ),
+    case("approx_sign of normalized samples", ApproxSign().normalized, normalized_chain, 20.0),
     case("sign_ste", QF.sign_ste, ste_chain, 16.25),  # x, y, grad, dx; the mask twice
     case("approx_sign", QF.approx_sign, approx_chain, 20.0),  # x twice, y, grad, dx
     case("swish_sign", QF.swish_sign, partial(QF.binarizers._surrogate_composite, surrogate="swish", curve=torch.tensor([5.0, 1.0])), 20.0),
