@@ -1,0 +1,1 @@
+"""Second-order methods: M-FAC, curvature operators, spectra, and learning rates."""
