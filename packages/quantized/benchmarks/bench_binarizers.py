@@ -87,7 +87,7 @@ def step(function: Sign, shape: tuple[int, ...], compiled: bool = False) -> Call
 
 def saved(function: Sign) -> float:
     """Bytes an element that autograd keeps, each storage once."""
-    x = torch.randn(1 << 16).requires_grad_()
+    x = torch.randn(4, 16, 32, 32).requires_grad_()
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:

@@ -38,12 +38,14 @@ template <>
 struct Real<float> {
   using Bits = int32_t;
   static constexpr int mantissa = 23, bias = 127, exp_terms = 8, angle_terms = 7;
+  static constexpr float angle_limit = 8192, pi[3] = {3.140625f, 9.67502593994140625e-4f, 1.5099579909783765e-7f};
   static constexpr float decayed = 88.1f, log2e = 1.44269504088896341f, ln2_high = 0.693359375f, ln2_low = -2.12194440054690583e-4f;
 };
 template <>
 struct Real<double> {
   using Bits = int64_t;
   static constexpr int mantissa = 52, bias = 1023, exp_terms = 14, angle_terms = 12;
+  static constexpr double angle_limit = 1e6, pi[3] = {3.1415926534682512, 1.2154201012607932e-10, 4.044532497591901e-21};
   static constexpr double decayed = 709.2, log2e = 1.44269504088896338700;
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
 };
@@ -83,13 +85,14 @@ PHYLA_INLINE T tanh_(T x, T slope, T height) {
   return slope * height * 4 * u * inverse * inverse;
 }
 
-// An angle as n pi + r with abs(r) <= pi / 2; abs(angle) below kAngle.
-constexpr double kAngle = 1e6;
-PHYLA_INLINE double reduced(double angle, int32_t& n) {
-  constexpr double pi_high = 3.14159265346825122833, pi_low = 1.21542010130123844986e-10;  // pi_high has 33 bits: n pi_high is exact
-  const double turns = angle * std::numbers::inv_pi;
-  n = int32_t(turns + (turns < 0 ? -0.5 : 0.5));
-  return PHYLA_ORDERED(PHYLA_ORDERED(angle - n * pi_high) - n * pi_low);
+// An angle below Real<T>::angle_limit as n pi + r with abs(r) <= pi / 2. The parts of pi are short: n times the first two is exact.
+template <class T>
+PHYLA_INLINE T reduced(T angle, int32_t& n) {
+  using R = Real<T>;
+  const T turns = angle * std::numbers::inv_pi_v<T>;
+  n = int32_t(turns + (turns < 0 ? T(-0.5) : T(0.5)));
+  const T count = T(n);
+  return PHYLA_ORDERED(PHYLA_ORDERED(PHYLA_ORDERED(angle - count * R::pi[0]) - count * R::pi[1]) - count * R::pi[2]);
 }
 // sin or cos of r + n pi.
 template <class T, bool sine>
@@ -109,7 +112,7 @@ PHYLA_INLINE T sign(T x) { return x < 0 ? T(-1) : T(1); }
 template <class T>
 PHYLA_INLINE bool small(const T* x, int64_t size, T frequency) {
   int32_t large = 0;
-  for (int64_t i = 0; i < size; ++i) large += !(std::abs(frequency * x[i]) < T(kAngle));
+  for (int64_t i = 0; i < size; ++i) large += !(std::abs(frequency * x[i]) < Real<T>::angle_limit);
   return large == 0;
 }
 
@@ -119,8 +122,8 @@ PHYLA_INLINE void biper_block(const T* x, T* y, int64_t size, T frequency) {
     for (int64_t i = 0; i < size; ++i) {
       const T angle = PHYLA_ORDERED(frequency * x[i]);
       int32_t n;
-      const double r = reduced(double(angle), n);
-      y[i] = hard ? ((r < 0) != (n & 1) && r != 0 ? T(-1) : T(1)) : circular<T, true>(T(r), n);
+      const T r = reduced(angle, n);
+      y[i] = hard ? ((r < 0) != (n & 1) && r != 0 ? T(-1) : T(1)) : circular<T, true>(r, n);
     }
   } else {
     for (int64_t i = 0; i < size; ++i) y[i] = hard ? sign(std::sin(frequency * x[i])) : std::sin(frequency * x[i]);
@@ -132,8 +135,8 @@ PHYLA_INLINE void biper_slope_block(const T* grad, const T* x, T* dx, int64_t si
     for (int64_t i = 0; i < size; ++i) {
       const T angle = PHYLA_ORDERED(frequency * x[i]);
       int32_t n;
-      const double r = reduced(double(angle), n);
-      dx[i] = grad[i] * (frequency * circular<T, false>(T(r), n));
+      const T r = reduced(angle, n);
+      dx[i] = grad[i] * (frequency * circular<T, false>(r, n));
     }
   } else {
     for (int64_t i = 0; i < size; ++i) {
