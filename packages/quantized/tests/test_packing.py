@@ -35,6 +35,7 @@ from phyla.quantized import (
     set_stage,
     vgg_small,
 )
+from phyla.quantized.models import ResNet
 from phyla.quantized.packed import PackedMaxPool2d
 from phyla.quantized.packing import packed_settings
 from phyla.quantized.react import RPReLU, RSign
@@ -343,6 +344,19 @@ def test_blocks_in_a_sequential_of_someone_else() -> None:
     same(wild(model), torch.randn(2, 3, 18, 18), bits=0, blocks=3)
     last = [module.last for module in pack(model).modules() if isinstance(module, PackedBlock)]
     assert last == [False, True, True]
+
+
+def test_a_network_that_looks_in_between_gets_tensors_there() -> None:
+    class Features(ResNet):
+        def forward(self, x: Tensor) -> Tensor:
+            for part in (self.conv1, self.bn1, *self.layers):
+                x = part(x)
+                assert isinstance(x, Tensor)
+            return x
+
+    torch.manual_seed(0)
+    model = wild(Features((2, 1), (4, 8), weight_binarizer=SignSTE))
+    same(model, torch.randn(2, 3, 8, 8), bits=0, blocks=3)
 
 
 def test_blocks_that_the_packed_form_cannot_take_stay_torch_modules() -> None:

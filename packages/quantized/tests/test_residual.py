@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phyla.quantized import functional as QF
-from phyla.quantized.functional.residual import residual_op
+from phyla.quantized.functional.residual import residual_op, stream_op
 from phyla.quantized.packed_block import _line
 
 
@@ -82,6 +82,19 @@ def test_the_op_is_registered_soundly() -> None:
     sums, scale, gain, shift, shortcut = operands(70)
     for args in ((sums, scale, gain, shift, shortcut, -1.0, 1.0), (sums, scale, gain, shift, None, -1.0, 1.0)):
         torch.library.opcheck(residual_op.op, args)
+
+
+@pytest.mark.parametrize("channels", [1, 15, 16, 33, 64, 130])
+def test_a_stream_begins_with_the_image_turned_and_its_signs(channels: int) -> None:
+    torch.manual_seed(0)
+    for shape in ((2, channels, 5, 7), (1, channels, 16, 16), (3, channels, 1, 1), (0, channels, 4, 4), (2, channels, 0, 4)):
+        x = torch.randn(shape)
+        for image in (x, x.contiguous(memory_format=torch.channels_last), x.repeat_interleave(2, 0)[::2]):
+            y, words = stream_op(image)
+            assert torch.equal(y, x.permute(0, 2, 3, 1))
+            assert y.is_contiguous()
+            assert torch.equal(words, QF.pack(x.permute(0, 2, 3, 1)))
+    torch.library.opcheck(stream_op.op, (torch.randn(2, channels, 5, 7),))
 
 
 @pytest.mark.parametrize(

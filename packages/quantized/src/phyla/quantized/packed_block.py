@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phyla.quantized import functional as QF
 from phyla.quantized.folding import has_statistics
-from phyla.quantized.functional.residual import residual_op
+from phyla.quantized.functional.residual import residual_op, stream_op
 from phyla.quantized.layers import BinaryConv2d
 from phyla.quantized.models import BinaryBlock
 from phyla.quantized.packed import PackedConv2d, plain_sign
+from phyla.shared import checks
 
 __all__ = ["PackedBlock"]
 
@@ -61,17 +61,17 @@ class PackedBlock(nn.Module):
 
     def forward(self, x: Tensor | Pair) -> Tensor | Pair:
         """Apply the block."""
-        if isinstance(x, Tensor):
-            stream = x.permute(0, 2, 3, 1).contiguous()
-            words = QF.pack(stream)
-        else:
-            stream, words = x
+        stream, words = stream_op.op(self._image(x)) if isinstance(x, Tensor) else x
         around = stream
         if not isinstance(self.shortcut, nn.Identity):
             around = self.shortcut(stream.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
         y, words = _half(self.conv1, words, self.gain1, self.shift1, around)
         y, words = _half(self.conv2, words, self.gain2, self.shift2, y)
         return y.permute(0, 3, 1, 2).contiguous() if self.last else (y, words)
+
+    def _image(self, x: Tensor) -> Tensor:
+        checks.shape("x", checks.floating("x", x), (None, self.conv1.in_channels, None, None))
+        return x.detach().float()
 
     def settings(self) -> dict[str, Any]:
         """What the block is but for its tensors and its convolutions, in values that JSON knows."""

@@ -138,7 +138,7 @@ def _chains(root: nn.Module) -> Iterator[list[_Slot]]:
     joined: set[nn.Module] = set()  # chains inside longer ones
     slots = list(_slots(root))
     for slot in slots:
-        if isinstance(slot.module, ResNet):
+        if isinstance(slot.module, ResNet) and type(slot.module).forward is ResNet.forward:
             joined.update(slot.module.layers)
             yield [link for layer in slot.module.layers for link in _links(layer)]
     for slot in slots:

@@ -1,4 +1,4 @@
-"""What follows a packed convolution in a residual block, in one pass and with every rounding of the float graph."""
+"""The float stream of a residual network, channels last, with its packed signs: its beginning, and the pass behind each convolution."""
 
 from __future__ import annotations
 
@@ -27,6 +27,19 @@ def _residual(
     return y, _pack(y)
 
 
+def _stream(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x.movedim(1, -1).contiguous()
+    return y, _pack(y)
+
+
+stream_op = Op(
+    "phyla_quantized::stream(Tensor x) -> (Tensor, Tensor)",
+    _stream,
+    fake=lambda x: (
+        x.new_empty(x.shape[0], x.shape[2], x.shape[3], x.shape[1]),
+        x.new_empty(x.shape[0], x.shape[2], x.shape[3], words_of(x.shape[1]), dtype=torch.int64),
+    ),
+)
 residual_op = Op(
     "phyla_quantized::residual(Tensor sums, Tensor scale, Tensor gain, Tensor shift, Tensor? shortcut, float low, float high)"
     " -> (Tensor, Tensor)",
