@@ -121,6 +121,14 @@ def test_composites_and_kernels_agree_on_long_rows(rows: int, length: int) -> No
     assert torch.equal(packed_matmul(words, words, length), expected)
 
 
+def test_weights_larger_than_what_is_laid_out_at_once() -> None:
+    from phyla.quantized.functional import bits
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-(1 << 62), 1 << 62, (rows, 1025), generator=generator) for rows in (20, 530))
+    assert torch.equal(packed_matmul(a, b, 64 * 1025), bits._matmul(a, b, 64 * 1025))
+
+
 def test_errors_name_the_operand() -> None:
     words = torch.zeros(2, 2, dtype=torch.int64)
     for call, kind, message in [

@@ -70,12 +70,12 @@ PHYLA_INLINE int32_t sum(int32_t base, int32_t different) { return int32_t(uint3
 
 PHYLA_INLINE void finish_residual(const Epilogue& e, const int32_t* base, const int32_t* different, int64_t at, int64_t first, int64_t n, uint64_t* words) {
   PHYLA_EACH_ROUNDED
-  const float *scale = e.scale + first, *shift = e.shift + first, *shortcut = e.shortcut + at + first;
+  const float *scale = e.scale + first, *shift = e.shift + first, *shortcut = e.shortcut == nullptr ? nullptr : e.shortcut + at + first;
   float* y = e.y + at + first;
   int32_t negative[kBlock];
   for (int64_t j = 0; j < n; ++j) {
     float v = float(sum(base[j], different[j])) * scale[j] + shift[j];
-    if (e.shortcut != nullptr) v = v + shortcut[j];
+    if (shortcut != nullptr) v = v + shortcut[j];
     v = v < e.low ? e.low : v;
     v = v > e.high ? e.high : v;
     y[j] = v;
