@@ -107,7 +107,8 @@ def mlstm_case(batch: int, tokens: int, heads: int, width: int, backward: bool) 
             "phyla": partial(mlstm_step, mlstm_native, *arguments),
             "parallel form": partial(mlstm_step, mlstm_quadratic, *arguments),
             "own torch path": partial(mlstm_step, mlstm_plain, *arguments),
-        },
+        }
+        | ({"own torch path, compiled": partial(mlstm_step, mlstm_plain, *arguments, compiled=True)} if tokens <= 512 else {}),
         flops=2.0 * work * (3.5 if backward else 1.0),
     )
 
