@@ -1,6 +1,7 @@
 """One-bit checkpointing: the same gradients to the last bit, and an input that is kept at 1/32 of its size."""
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -94,6 +95,19 @@ def test_the_binary_input_is_kept_as_bits(name: str, elements: int) -> None:
         layer.save_bits = save_bits
         sizes[save_bits] = kept_bytes(layer(x.clone().requires_grad_()))
     assert sizes[False] - sizes[True] == 4 * elements - 8 * -(-elements // 64)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear, sequences", "conv1d", "conv2d", "conv2d, ones"])
+def test_nothing_holds_the_binary_input(name: str) -> None:
+    """Once the layer is through, the real tensor of -1 and +1 is free."""
+    make, shape = LAYERS[name]
+    layer, alive = make(), []
+    layer.input_binarizer.register_forward_hook(lambda module, inputs, output: alive.append(weakref.ref(output)))
+    for save_bits in (False, True):
+        layer.save_bits, layer.padding_value = save_bits, 0
+        y = layer(torch.randn(shape, requires_grad=True))
+        assert (alive[-1]() is None) == save_bits
+        del y
 
 
 def test_a_layer_of_clipped_signs_keeps_two_bits_of_an_input() -> None:

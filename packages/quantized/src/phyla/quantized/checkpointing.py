@@ -49,9 +49,10 @@ def saving_bits(operation: Callable[[Tensor, Tensor], Tensor], binary: Tensor, w
     if torch.is_autocast_enabled(binary.device.type):  # else the operation would keep its own cast copy
         binary = binary.to(torch.get_autocast_dtype(binary.device.type))
 
+    pointer, count = binary.data_ptr(), binary.numel()  # autograd holds the hooks, and through them all that they name
+
     def keep(saved: Tensor) -> Tensor | _Bits:
-        whole = saved.data_ptr() == binary.data_ptr() and saved.numel() == binary.numel()
-        return _Bits.of(saved) if whole else saved
+        return _Bits.of(saved) if saved.data_ptr() == pointer and saved.numel() == count else saved
 
     def give(kept: Tensor | _Bits) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept.tensor()
