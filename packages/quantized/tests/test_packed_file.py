@@ -14,7 +14,7 @@ from networks import run, wild
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from phyla.quantized import BinaryLinear, BiPer, SignSTE, load_packed, pack, resnet20, save_packed, vgg_small
+from phyla.quantized import BinaryConv2d, BinaryLinear, BiPer, EDESign, RSign, SignSTE, load_packed, pack, resnet20, save_packed, vgg_small
 
 
 def small(seed: int = 0) -> nn.Module:
@@ -55,6 +55,23 @@ def test_the_skeleton_of_a_biper_model_may_stand_in_stage_1(tmp_path: Path) -> N
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(run(load_packed(fresh, tmp_path / "m"), x), run(trained, x))
     assert all(module.stage == 1 for module in fresh.modules() if isinstance(module, BiPer))
+
+
+@pytest.mark.parametrize("binarizer", [lambda: RSign(6), lambda: BiPer(2.0, stage=2), lambda: EDESign(3.0), nn.Identity])
+def test_binarizers_of_inputs_come_back_with_their_state(binarizer: Callable[[], nn.Module], tmp_path: Path) -> None:
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        layers = [BinaryConv2d(i, 6, 3, input_binarizer=b) for i, b in ((3, SignSTE()), (6, binarizer()))]
+        model = nn.Sequential(layers[0], nn.BatchNorm2d(6), layers[1])
+        for module in model.modules():
+            if isinstance(module, RSign):
+                module.shift.data.normal_()
+        return wild(model, seed)
+
+    model, x = make(0), torch.randn(4, 3, 9, 9)
+    for fold in (True, False):
+        save_packed(pack(model, fold=fold), tmp_path / "m")
+        assert torch.equal(run(load_packed(make(1), tmp_path / "m"), x), run(model, x))
 
 
 def test_the_layout_of_the_file(file: bytes, tmp_path: Path) -> None:
