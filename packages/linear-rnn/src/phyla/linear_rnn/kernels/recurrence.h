@@ -269,16 +269,15 @@ struct Chunk {
     }
   }
 
-  // Columns [first, first + width) of one chunk. `work` (queries and reads) receives the outputs and then what each read row found; `x` the
-  // values that the writes add; the new state goes to `after`, which may be `state`.
-  void advance(const T* state, int64_t lds, T* after, int64_t lda, int64_t first, int64_t width, T* work, T* x) {
+  // Columns [first, first + width) of one chunk. `work` is for queries and reads and receives what each read row found, in place of the latter;
+  // `x` the values that the writes add, `out` the outputs; the new state goes to `after`, which may be `state`.
+  void advance(const T* state, int64_t lds, T* after, int64_t lda, int64_t first, int64_t width, T* work, T* x, T* out, int64_t ldo) {
     const int64_t ld = padded<T>(width);
     multiply(Product<T>{work, ld, c + reads, ld, K, state_rows, Kp, 1, state, lds});
     T* found = work + c * ld;
     for (int64_t row = 0; row < known; ++row) std::copy_n(value(row) + first, width, x + row * ld);
     for (int64_t row = 0; row < reads && removal == Removal::key; ++row) {
-      const T *v = value(row) + first, decay = gate == Gate::scalar ? start[row / in.n] : T(1);
-      for (int64_t j = 0; j < width; ++j) found[row * ld + j] = decay * found[row * ld + j] + v[j];
+      scale_and_add(found + row * ld, gate == Gate::scalar ? start[row / in.n] : T(1), value(row) + first, width);
     }
     if (removal == Removal::low_rank) {
       multiply(Product<T>{found, ld, reads, ld, known, gram + c * gram_width, gram_width, 1, x, ld, found, ld});
@@ -286,7 +285,7 @@ struct Chunk {
     if (removal != Removal::none) {
       substitute(Substitution<T>{reads, ld, found, x + known * ld, ld, gram + c * gram_width + known, gram_width, 1, rates, rate_stride()});
     }
-    multiply(Product<T>{work, ld, c, ld, writes, gram, gram_width, 1, x, ld, work, ld, gate == Gate::scalar ? start : nullptr});
+    multiply(Product<T>{out, ldo, c, ld, writes, gram, gram_width, 1, x, ld, work, ld, gate == Gate::scalar ? start : nullptr});
     multiply(Product<T>{after, lda, K, ld, writes, end_rows, 1, Kp, x, ld, state, lds, gated ? whole : nullptr});
   }
 };
@@ -308,7 +307,7 @@ template <class T, Gate gate, Removal removal>
 void forward_heads(const Inputs<T>& in, const Heads& heads, int64_t first, int64_t width, T* out, T* final_state) {
   using C = Chunk<T, gate, removal>;
   const int64_t ld = padded<T>(width), most = in.chunk(), rows = most + C::reads_of(most, in.n), writes = C::writes_of(most, in.n);
-  const bool direct = ld == width;  // the state can live where it is returned
+  const bool direct = ld == width;  // states can live, and outputs be written, where they are returned
   const int64_t lds = direct ? in.V : ld, begin = in.offsets[heads.sequence], end = in.offsets[heads.sequence + 1];
   Arena<T> arena(C::size(in) + (rows + writes + (direct ? 0 : in.K * heads.count)) * ld + 64);
   C chunk(in, arena);
@@ -331,8 +330,9 @@ void forward_heads(const Inputs<T>& in, const Heads& heads, int64_t first, int64
       for (int64_t t = window; t < stop; t += chunk.c) {
         make_chunk(chunk, t, stop - t);
         const T* before = straight && t == begin ? in.state + place + h * in.K * in.V : state_of(h);
-        chunk.advance(before, lds, state_of(h), lds, first, width, work, x);
-        copy_rows(out + (t * in.value_heads + chunk.head) * in.V + first, in.value_heads * in.V, work, ld, chunk.c, width);
+        T* outs = out + (t * in.value_heads + chunk.head) * in.V + first;
+        chunk.advance(before, lds, state_of(h), lds, first, width, work, x, direct ? outs : work, direct ? in.value_heads * in.V : ld);
+        if (!direct) copy_rows(outs, in.value_heads * in.V, work, ld, chunk.c, width);
       }
     }
   }

@@ -284,7 +284,7 @@ void backward_heads(const Inputs<T>& in, const Gradients<T>& to, const Heads& he
           const Record r{h, token, 0, states[h], gram, work, memory.take(columns * Vp)};
           chunk.gram = gram;
           make_chunk(chunk, token, stop - token);
-          chunk.advance(r.state, Vp, after, Vp, 0, in.V, r.work, r.values);
+          chunk.advance(r.state, Vp, after, Vp, 0, in.V, r.work, r.values, r.work, Vp);
           states[h] = after;
           records.push_back(r);
           records.back().tokens = chunk.c;

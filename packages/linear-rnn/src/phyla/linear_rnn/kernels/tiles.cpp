@@ -182,6 +182,13 @@ PHYLA_CLONES void transpose(double* out, int64_t ldo, const double* in, int64_t 
   transpose_of(out, ldo, in, ldi, rows, columns);
 }
 
+PHYLA_CLONES void scale_and_add(float* x, float factor, const float* y, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) x[i] = factor * x[i] + y[i];
+}
+PHYLA_CLONES void scale_and_add(double* x, double factor, const double* y, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) x[i] = factor * x[i] + y[i];
+}
+
 PHYLA_CLONES void dots(float* out, int64_t stride, const float* x, int64_t ldx, const float* y, int64_t ldy, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) out[i * stride] = dot(x + i * ldx, y + i * ldy, columns);
 }

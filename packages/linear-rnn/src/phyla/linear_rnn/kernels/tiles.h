@@ -78,6 +78,10 @@ void copy_rows(T* out, int64_t ldo, const T* in, int64_t ldi, int64_t rows, int6
   for (int64_t i = 0; i < rows; ++i) std::copy_n(in + i * ldi, columns, out + i * ldo);
 }
 
+// x = factor x + y.
+void scale_and_add(float* x, float factor, const float* y, int64_t size);
+void scale_and_add(double* x, double factor, const double* y, int64_t size);
+
 // Reads `size` values that are needed soon, in the order of memory: this wakes the hardware's prefetcher, which rows of one head, far apart,
 // do not, and which prefetch instructions did not replace.
 template <class T>
