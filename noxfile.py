@@ -42,9 +42,10 @@ TESTS = {package: (None, package) for package in PACKAGES} | {
 
 
 def kernel_tests(name: str) -> list[str]:
-    """The package's test files that put kernels through the battery."""
-    folder = PACKAGES[name]
-    return [str(file.relative_to(folder)) for file in sorted((folder / "tests").rglob("test_*.py")) if "check_kernel" in file.read_text()]
+    """The package's test files that put kernels through the battery, or ops that nothing differentiates through torch's check."""
+    folder, checks = PACKAGES[name], ("check_kernel", "opcheck")
+    files = sorted((folder / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(folder)) for file in files if any(check in file.read_text() for check in checks)]
 
 
 WITH_KERNELS = [name for name in PACKAGES if kernel_tests(name)]
