@@ -5,7 +5,9 @@ from phyla.second_order.diagonal import diagonal
 from phyla.second_order.eigsh import EigenResult, eigsh
 from phyla.second_order.ggn import EmpiricalFisherOperator, FisherOperator, GGNOperator
 from phyla.second_order.hessian import HessianOperator
+from phyla.second_order.hessian_noise import HessianNoise, batch_extremes, effective_batch_size, estimate_hessian_noise
 from phyla.second_order.lanczos import LanczosResult, lanczos
+from phyla.second_order.learning_rates import max_learning_rate, optimal_sgd, scale_learning_rate
 from phyla.second_order.operator import CurvatureOperator, PreconditionedOperator, adam_preconditioner, as_operator
 from phyla.second_order.per_sample import per_sample_gradients
 from phyla.second_order.spectral_density import SpectralDensity, spectral_density
@@ -18,6 +20,7 @@ __all__ = [
     "EmpiricalFisherOperator",
     "FisherOperator",
     "GGNOperator",
+    "HessianNoise",
     "HessianOperator",
     "LanczosResult",
     "PreconditionedOperator",
@@ -25,11 +28,17 @@ __all__ = [
     "TraceEstimate",
     "adam_preconditioner",
     "as_operator",
+    "batch_extremes",
     "conjugate_gradient",
     "diagonal",
+    "effective_batch_size",
     "eigsh",
+    "estimate_hessian_noise",
     "lanczos",
+    "max_learning_rate",
+    "optimal_sgd",
     "per_sample_gradients",
+    "scale_learning_rate",
     "spectral_density",
     "trace",
 ]
