@@ -93,12 +93,15 @@ def _thick_restart(
                 if j + 1 < operator.shape[0]:
                     rest = orthogonalise(basis[None, : j + 1], normal(operator, generator)[None])[1]
             basis[j + 1] = torch.nn.functional.normalize(rest[0], dim=0)
-        steps += stop - kept
-        values, vectors = torch.linalg.eigh(small[:stop, :stop])
-        order = _order(values, which)
-        residuals = coupling * vectors[-1, order[:k]].abs()
-        bound = max(tol, epsilon) * torch.clamp(values[order[:k]].abs(), min=epsilon * float(values.abs().max()))
-        converged = residuals <= bound
+            steps += 1
+            values, vectors = torch.linalg.eigh(small[: j + 1, : j + 1])
+            order = _order(values, which)
+            residuals = coupling * vectors[-1, order[:k]].abs()
+            bound = max(tol, epsilon) * torch.clamp(values[order[:k]].abs(), min=epsilon * float(values.abs().max()))
+            converged = residuals <= bound
+            if coupling and j + 1 >= k and bool(converged.all()):
+                stop = j + 1
+                break
         done = bool(converged.all()) or steps >= limit
         keep = order[:k] if done else order[: min(max(2 * k, k + 5), stop - 1)]
         rotated = vectors[:, keep].T.to(operator.dtype) @ basis[:stop]
