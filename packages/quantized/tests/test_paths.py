@@ -21,6 +21,8 @@ from phyla.quantized.functional import (
     packed_matmul_threshold,
     unpack,
 )
+from phyla.quantized.functional.epilogues import _conv2d_residual_op as residual_op
+from phyla.quantized.functional.packed_conv import check_conv
 from phyla.quantized.functional.paths import PATHS, use_path
 from phyla.shared.kernels import status
 
@@ -29,7 +31,7 @@ NATIVE = status()["phyla.quantized"].native
 
 NEEDS = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vpopcntdq", "bmi2"},
-    "avx2": {"avx2", "popcnt", "bmi2"},
+    "avx2": {"avx2", "fma", "popcnt", "bmi2"},
     "portable": set(),
 }
 
@@ -80,6 +82,10 @@ def convolutions_are_exact() -> None:
             y, signs = packed_conv2d_residual(x, weight, scale, shift, expected.float(), low=-3.0, high=3.0, **options)
             assert torch.equal(y, (expected.float() * scale + shift + expected.float()).clamp(-3.0, 3.0))
             assert torch.equal(signs, pack(y))
+            gain, geometry = torch.rand(len(weight)) - 0.5, check_conv(x, weight, **options)[2]
+            factors = scale, gain, shift, expected.float(), -1.0, 1.0
+            for ours, composite in zip(*(op(x, weight, *factors, *geometry) for op in (residual_op, residual_op.composite)), strict=True):
+                assert torch.equal(ours, composite)
 
 
 def many_rows_are_exact() -> None:

@@ -17,7 +17,7 @@ from phyla.quantized import functional as QF
 from phyla.quantized.binarizers import ApproxSign, Binarizer, EDESign, IRNet, SignSTE, SwishSign
 from phyla.quantized.folding import FoldedThreshold
 from phyla.quantized.functional.bits import check_words
-from phyla.quantized.functional.epilogues import _conv2d_threshold_op
+from phyla.quantized.functional.epilogues import _conv2d_residual_op, _conv2d_threshold_op
 from phyla.quantized.functional.packed_conv import Geometry, _conv2d_op
 from phyla.quantized.layers import BinaryConv1d, BinaryConv2d, BinaryLayer, BinaryLinear
 from phyla.shared import checks
@@ -218,16 +218,14 @@ class _PackedConv(PackedLayer):
         y = self._behind(self._products(QF.pack((signed if batched else signed.unsqueeze(0)).movedim(1, -1))), like=x)
         return y if batched else y.squeeze(0)
 
-    def sums(self, words: Tensor) -> Tensor:
-        """Integer sums `(N, H, W, O)` of words `(N, H, W, W64)` of the right width; the sizes of the layer are right since it was made."""
-        out: Tensor = _conv2d_op.op(words, self.weight_packed, *self._geometry)
-        return out
-
     def _products(self, words: Tensor) -> Tensor:
-        """Sums `(N, ..., O)` of words `(N, ..., W64)`, or the bits behind a threshold."""
+        """Sums `(N, ..., O)` of words `(N, ..., W64)` of the right width, or the bits behind a threshold.
+
+        No other size is checked: those of the layer are right since it was made.
+        """
         x = words if self._spatial == 2 else words.unsqueeze(1)
         if self.threshold is None:
-            out = self.sums(x)
+            out: Tensor = _conv2d_op.op(x, self.weight_packed, *self._geometry)
         else:
             out = _conv2d_threshold_op.op(x, self.weight_packed, self.threshold, self.flip, *self._geometry)
         return out if self._spatial == 2 else out.squeeze(1)
@@ -295,6 +293,11 @@ class PackedConv2d(_PackedConv):
 
     def __init__(self, layer: BinaryConv2d) -> None:
         super().__init__(layer)
+
+    def residual(self, words: Tensor, gain: Tensor, shift: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor]:
+        """`packed_conv2d_residual` with the bounds of hardtanh, of words `(N, H, W, W64)` of the right width."""
+        y, signs = _conv2d_residual_op.op(words, self.weight_packed, self.scale, gain, shift, shortcut, -1.0, 1.0, *self._geometry)
+        return y, signs
 
 
 class PackedMaxPool2d(nn.Module):

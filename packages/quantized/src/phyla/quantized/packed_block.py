@@ -1,4 +1,4 @@
-"""A residual block on bits: each half is one packed convolution, and one pass that ends in the next half's floats and bits."""
+"""A residual block on bits: each half is one packed convolution that ends in the next half's floats and bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phyla.quantized.folding import has_statistics
-from phyla.quantized.functional.residual import residual_op, stream_op
+from phyla.quantized.functional.stream import stream_op
 from phyla.quantized.layers import BinaryConv2d
 from phyla.quantized.models import BinaryBlock
 from phyla.quantized.packed import PackedConv2d, plain_sign
@@ -65,8 +65,8 @@ class PackedBlock(nn.Module):
         around = stream
         if not isinstance(self.shortcut, nn.Identity):
             around = self.shortcut(stream.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-        y, words = _half(self.conv1, words, self.gain1, self.shift1, around)
-        y, words = _half(self.conv2, words, self.gain2, self.shift2, y)
+        y, words = self.conv1.residual(words, self.gain1, self.shift1, around)
+        y, words = self.conv2.residual(words, self.gain2, self.shift2, y)
         return y.permute(0, 3, 1, 2).contiguous() if self.last else (y, words)
 
     def _image(self, x: Tensor) -> Tensor:
@@ -80,11 +80,6 @@ class PackedBlock(nn.Module):
     def extra_repr(self) -> str:
         """Whether it is the last, for printing."""
         return f"last={self.last}"
-
-
-def _half(conv: PackedConv2d, words: Tensor, gain: Tensor, shift: Tensor, shortcut: Tensor) -> Pair:
-    y, signs = residual_op.op(conv.sums(words), conv.scale, gain, shift, shortcut, -1.0, 1.0)
-    return y, signs
 
 
 def _line(bn: nn.BatchNorm2d) -> Pair:

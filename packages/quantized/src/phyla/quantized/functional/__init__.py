@@ -6,7 +6,6 @@ from phyla.quantized.functional.epilogues import packed_conv2d_residual, packed_
 from phyla.quantized.functional.normalization import normalize_samples
 from phyla.quantized.functional.packed_conv import packed_conv2d, packed_max_pool2d
 from phyla.quantized.functional.paths import kernel_path
-from phyla.quantized.functional.residual import residual
 
 __all__ = [
     "approx_sign",
@@ -23,7 +22,6 @@ __all__ = [
     "packed_matmul_threshold",
     "packed_max_pool2d",
     "recu_latent",
-    "residual",
     "sign_ste",
     "swish_sign",
     "unpack",

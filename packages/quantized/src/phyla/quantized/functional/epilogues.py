@@ -10,6 +10,7 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from phyla.quantized.functional.bits import _matmul, _pack, check_product, words_of
@@ -37,17 +38,38 @@ def _conv2d_threshold_fake(x: Tensor, weight: Tensor, threshold: Tensor, flip: T
 
 
 def _conv2d_residual(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None, low: float, high: float, *geometry: Any
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    shortcut: Tensor | None,
+    low: float,
+    high: float,
+    *geometry: Any,
 ) -> tuple[Tensor, Tensor]:
-    y = _conv2d(x, weight, *geometry).to(torch.float32) * scale + shift
+    y = _conv2d(x, weight, *geometry).to(torch.float32) * scale
+    if len(gain):
+        # Whether gain * y + shift is rounded once or twice is the affair of torch's batch normalisation: let it do that product and sum. It
+        # rounds dense operands in one way and strided ones in another.
+        gain, shift, zero, one = gain.contiguous(), shift.contiguous(), torch.zeros_like(gain), torch.ones_like(gain)
+        y = F.batch_norm(y.movedim(-1, 1), zero, one, gain, shift, False, 0.0, 0.0).movedim(1, -1)
     if shortcut is not None:
         y = y + shortcut
-    y = y.clamp(low, high)
+    y = y.clamp(low, high).contiguous()
     return y, _pack(y)
 
 
 def _conv2d_residual_fake(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None, low: float, high: float, *geometry: Any
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    shortcut: Tensor | None,
+    low: float,
+    high: float,
+    *geometry: Any,
 ) -> tuple[Tensor, Tensor]:
     lead = (x.shape[0], *Geometry(*geometry).output(x.shape[1], x.shape[2]))
     return x.new_empty(*lead, weight.shape[0], dtype=torch.float32), x.new_empty(*lead, words_of(weight.shape[0]))
@@ -64,8 +86,8 @@ _conv2d_threshold_op = Op(
     fake=_conv2d_threshold_fake,
 )
 _conv2d_residual_op = Op(
-    "phyla_quantized::packed_conv2d_residual(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? shortcut, float low, "
-    f"float high, {GEOMETRY}) -> (Tensor, Tensor)",
+    "phyla_quantized::packed_conv2d_residual(Tensor x, Tensor weight, Tensor scale, Tensor gain, Tensor shift, Tensor? shortcut, "
+    f"float low, float high, {GEOMETRY}) -> (Tensor, Tensor)",
     _conv2d_residual,
     fake=_conv2d_residual_fake,
 )
@@ -166,6 +188,7 @@ def packed_conv2d_residual(
     shift: Tensor,
     shortcut: Tensor | None = None,
     *,
+    gain: Tensor | None = None,
     low: float = -math.inf,
     high: float = math.inf,
     channels: int,
@@ -176,14 +199,17 @@ def packed_conv2d_residual(
     groups: int = 1,
     padding_value: Literal[0, 1, -1] = 0,
 ) -> tuple[Tensor, Tensor]:
-    """A packed convolution with folded batch normalisation and shortcut: ``y = clamp(sums scale + shift + shortcut, low, high)``.
+    """A packed convolution with what follows it in a residual network: ``y = clamp((sums scale) gain + shift + shortcut, low, high)``.
+
+    Each step is rounded as `BinaryConv2d`, `batch_norm` in eval mode, addition and `hardtanh` round it one after the other.
 
     Args:
         x: int64 words (N, H, W, ceil(channels/64)).
         weight: int64 words (O, ceil(kh kw channels / groups / 64)), as of ``packed_conv2d``.
-        scale: float32 (O,).
-        shift: float32 (O,).
+        scale: float32 (O,), the layer's factor, or the slope of a batch normalisation folded with it.
+        shift: float32 (O,), the batch normalisation's value at 0.
         shortcut: float32 (N, Ho, Wo, O), or None.
+        gain: float32 (O,), slope of the batch normalisation where it is kept apart from the factor; None for 1.
         low: least value; -1 with ``high=1`` for Hardtanh.
         high: largest value.
         channels: as of ``packed_conv2d``; so are the other sizes.
@@ -222,6 +248,7 @@ def packed_conv2d_residual(
         if shortcut.dtype != torch.float32:
             raise TypeError(f"shortcut: expected float32, got {str(shortcut.dtype).removeprefix('torch.')}")
         shortcut = shortcut.detach()
-    factors = (_per_channel(name, value, out_channels, torch.float32).detach() for name, value in (("scale", scale), ("shift", shift)))
+    named = (("scale", scale), ("gain", torch.ones(out_channels, device=images.device) if gain is None else gain), ("shift", shift))
+    factors = [_per_channel(name, value, out_channels, torch.float32).detach() for name, value in named]
     y, words = _conv2d_residual_op(images, filters, *factors, shortcut, float(low), float(high), *geometry)
     return y, words

@@ -253,9 +253,9 @@ Tensor packed_conv2d_threshold(const Tensor& x, const Tensor& weight, const Tens
   return out;
 }
 
-std::tuple<Tensor, Tensor> packed_conv2d_residual(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
-                                                  const std::optional<Tensor>& shortcut, double low, double high, int64_t channels, Sizes kernel,
-                                                  Sizes stride, Sizes padding, Sizes dilation, int64_t groups, int64_t padding_value) {
+std::tuple<Tensor, Tensor> packed_conv2d_residual(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& gain,
+                                                  const Tensor& shift, const std::optional<Tensor>& shortcut, double low, double high, int64_t channels,
+                                                  Sizes kernel, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, int64_t padding_value) {
   const Geometry g(x, channels, kernel, stride, padding, dilation, groups, padding_value);
   const int64_t out_channels = weight.size(0);
   Tensor y = make(checked_sizes(g, weight, out_channels), ScalarType::Float), out = zero_words(checked_sizes(g, weight, words_of(out_channels)));
@@ -263,12 +263,12 @@ std::tuple<Tensor, Tensor> packed_conv2d_residual(const Tensor& x, const Tensor&
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == count, name, ": expected float32 of ", count, " elements");
     return dense(t);
   };
-  const Tensor s = floats(scale, out_channels, "scale"), q = floats(shift, out_channels, "shift");
+  const Tensor s = floats(scale, out_channels, "scale"), p = floats(gain, out_channels, "gain"), q = floats(shift, out_channels, "shift");
   std::optional<Tensor> added;
   if (shortcut) added = floats(*shortcut, y.numel(), "shortcut");
-  const Epilogue epilogue{.channels = out_channels, .width = words_of(out_channels), .scale = data<float>(s), .shift = data<float>(q),
-                          .shortcut = added ? data<float>(*added) : nullptr, .low = float(low), .high = float(high), .y = mutable_data<float>(y),
-                          .words = mutable_words(out)};
+  const Epilogue epilogue{.channels = out_channels, .width = words_of(out_channels), .scale = data<float>(s), .gain = data<float>(p),
+                          .shift = data<float>(q), .shortcut = added ? data<float>(*added) : nullptr, .low = float(low), .high = float(high),
+                          .y = mutable_data<float>(y), .words = mutable_words(out)};
   convolve(g, x, weight, epilogue);
   return {y, out};
 }

@@ -11,7 +11,7 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
 #pragma GCC push_options
-#pragma GCC target("avx2,popcnt,bmi,bmi2")
+#pragma GCC target("avx2,fma,popcnt,bmi,bmi2")
 
 namespace phyla::quantized {
 namespace {

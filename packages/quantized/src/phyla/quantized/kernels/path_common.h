@@ -68,13 +68,16 @@ PHYLA_INLINE void put_bits(uint64_t* words, int64_t at, uint64_t bits, int64_t n
 // The sum of channel j; unsigned, since twice the difference of a long row exceeds int32.
 PHYLA_INLINE int32_t sum(int32_t base, int32_t different) { return int32_t(uint32_t(base) - 2 * uint32_t(different)); }
 
+// Each step is rounded as the modules round it: factor, batch normalisation, addition, hardtanh. The product and the sum of the normalisation
+// are rounded once, as in torch's own loop on processors that can.
 PHYLA_INLINE void finish_residual(const Epilogue& e, const int32_t* base, const int32_t* different, int64_t at, int64_t first, int64_t n, uint64_t* words) {
   PHYLA_EACH_ROUNDED
-  const float *scale = e.scale + first, *shift = e.shift + first, *shortcut = e.shortcut == nullptr ? nullptr : e.shortcut + at + first;
+  const float *scale = e.scale + first, *gain = e.gain + first, *shift = e.shift + first;
+  const float* shortcut = e.shortcut == nullptr ? nullptr : e.shortcut + at + first;
   float* y = e.y + at + first;
   int32_t negative[kBlock];
   for (int64_t j = 0; j < n; ++j) {
-    float v = float(sum(base[j], different[j])) * scale[j] + shift[j];
+    float v = __builtin_fmaf(float(sum(base[j], different[j])) * scale[j], gain[j], shift[j]);
     if (shortcut != nullptr) v = v + shortcut[j];
     v = v < e.low ? e.low : v;
     v = v > e.high ? e.high : v;

@@ -21,7 +21,8 @@ struct Epilogue {
   int32_t* sums = nullptr;             // the sums themselves, or
   const int32_t* threshold = nullptr;  // bits of (sum >= threshold) == flip, or
   const uint64_t* flip = nullptr;
-  const float *scale = nullptr, *shift = nullptr, *shortcut = nullptr;  // y = clamp(sum scale + shift + shortcut) and its sign bits
+  const float *scale = nullptr, *gain = nullptr, *shift = nullptr;  // y = clamp(sum scale gain + shift + shortcut) and its sign bits
+  const float* shortcut = nullptr;
   float low = 0, high = 0;
   float* y = nullptr;
   uint64_t* words = nullptr;

@@ -1,19 +1,10 @@
-// The float stream of a residual network, channels last, with its signs: how it begins from an image, and the pass behind each packed
-// convolution: factor, batch normalisation, shortcut and clamp of the sums. Each value is read once and written once.
+// How the float stream of a residual network begins: an image turned to channels-last order, with its signs. Each value is read once and
+// written once.
 #include <phyla/kernel.h>
 
 namespace {
 
 using torch::stable::Tensor;
-
-struct Job {
-  int64_t channels, width;
-  const int32_t* sums;
-  const float *scale, *gain, *shift, *shortcut;
-  float low, high;
-  float* y;
-  uint64_t* words;
-};
 
 // The signs of one row, as `pack` gives them.
 PHYLA_INLINE void sign_bits(const float* __restrict__ y, int64_t channels, uint64_t* words) {
@@ -32,22 +23,6 @@ PHYLA_INLINE void sign_bits(const float* __restrict__ y, int64_t channels, uint6
     }
     words[w] = uint64_t(halves[1]) << 32 | halves[0];
   }
-}
-
-// One position of the image. The product and the sum of the normalisation are rounded once, as in torch's own loop on processors that can;
-// the intrinsic keeps the compiler from moving `scale` into it.
-PHYLA_CLONES void position(const Job& job, int64_t row) {
-  const int32_t* __restrict__ sums = job.sums + row * job.channels;
-  const float* __restrict__ around = job.shortcut ? job.shortcut + row * job.channels : nullptr;
-  float* __restrict__ y = job.y + row * job.channels;
-  const float low = job.low, high = job.high;
-  for (int64_t c = 0; c < job.channels; ++c) {
-    float value = __builtin_fmaf(float(sums[c]) * job.scale[c], job.gain[c], job.shift[c]);
-    if (around) value += around[c];
-    value = value < low ? low : value;
-    y[c] = value > high ? high : value;
-  }
-  sign_bits(y, job.channels, job.words + row * job.width);
 }
 
 // Pixels first..first+count of one image, (channels, pixels) -> (pixels, channels), in squares that stay in the first-level cache.
@@ -88,35 +63,8 @@ std::tuple<Tensor, Tensor> stream(Tensor x_) {
   return {y, words};
 }
 
-std::tuple<Tensor, Tensor> residual(Tensor sums_, Tensor scale_, Tensor gain_, Tensor shift_, std::optional<Tensor> shortcut_, double low,
-                                    double high) {
-  const Tensor sums = phyla::dense(sums_), scale = phyla::dense(scale_), gain = phyla::dense(gain_), shift = phyla::dense(shift_);
-  const Tensor shortcut = shortcut_ ? phyla::dense(*shortcut_) : sums;
-  const std::vector<int64_t> sizes = phyla::sizes_of(sums);
-  Tensor y = phyla::empty<float>(sizes);
-  Tensor words = empty_words(sizes, sums);
-  const int64_t channels = sizes.back(), width = (channels + 63) / 64;
-  const Job job{channels,
-                width,
-                static_cast<const int32_t*>(sums.const_data_ptr()),
-                phyla::data<float>(scale),
-                phyla::data<float>(gain),
-                phyla::data<float>(shift),
-                shortcut_ ? phyla::data<float>(shortcut) : nullptr,
-                float(low),
-                float(high),
-                phyla::mutable_data<float>(y),
-                static_cast<uint64_t*>(words.mutable_data_ptr())};
-  const int64_t rows = channels ? sums.numel() / channels : 0;
-  phyla::parallel_for(0, rows, 1 + (1 << 15) / (channels + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) position(job, row);
-  });
-  return {y, words};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(phyla_quantized, CPU, m) {
-  m.impl("residual", TORCH_BOX(&residual));
   m.impl("stream", TORCH_BOX(&stream));
 }
