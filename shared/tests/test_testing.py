@@ -196,3 +196,10 @@ def test_assert_close_names_what_differs() -> None:
         testing.assert_close("y", torch.tensor([float("nan")]), torch.tensor([2.0]), 0.1)
     with pytest.raises(AssertionError, match="expected shape"):
         testing.assert_close("y", torch.ones(2), torch.ones(3), 0.1)
+
+
+def test_an_example_runs_as_a_script_and_leaves_the_threads(tmp_path: Path) -> None:
+    threads, script = torch.get_num_threads(), tmp_path / "script.py"
+    script.write_text(f"import torch\ntorch.set_num_threads({threads + 1})\nprint(__name__, torch.get_num_threads())\n")
+    assert testing.run_example(script) == f"__main__ {threads + 1}\n"
+    assert torch.get_num_threads() == threads

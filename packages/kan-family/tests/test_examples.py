@@ -1,28 +1,17 @@
 """The examples run as they stand, and print what they found."""
 
-import runpy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+from phyla.shared.testing import run_example
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """An example may set the number of threads; put it back."""
-    number = torch.get_num_threads()
-    yield
-    torch.set_num_threads(number)
-
-
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
-def test_an_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    printed = capsys.readouterr().out
+def test_an_example_runs(name: str) -> None:
+    printed = run_example(EXAMPLES / name)
     assert printed
     if name == "afkan_classifier.py":
         assert float(printed.split()[1]) > 0.9, "the spirals are told apart"

@@ -1,35 +1,18 @@
 """The examples run as they stand and find what they say."""
 
-import runpy
 from pathlib import Path
 
-import pytest
-import torch
+from phyla.shared.testing import run_example
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def printed(capsys):
-    """Run an example and return what it printed."""
-
-    def run(name):
-        threads = torch.get_num_threads()
-        try:
-            runpy.run_path(str(EXAMPLES / name))
-        finally:
-            torch.set_num_threads(threads)
-        return capsys.readouterr().out
-
-    return run
 
 
 def test_no_example_is_left_out():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {"state_tracking.py", "packed_streaming.py"}
 
 
-def test_state_tracking(printed):
-    lines = printed("state_tracking.py").splitlines()
+def test_state_tracking():
+    lines = run_example(EXAMPLES / "state_tracking.py").splitlines()
     assert lines[0] == "reflections of each element of S3: [0, 1, 1, 2, 2, 1]"
     accuracy = {int(line.split()[1].rstrip(":")): float(line.split()[2]) for line in lines if line.startswith("length")}
     assert list(accuracy) == [32, 64, 128, 256]
@@ -37,7 +20,7 @@ def test_state_tracking(printed):
     assert accuracy[64] > 97
 
 
-def test_packed_streaming(printed):
-    lines = printed("packed_streaming.py").splitlines()
+def test_packed_streaming():
+    lines = run_example(EXAMPLES / "packed_streaming.py").splitlines()
     assert len(lines) == 4
     assert all(line.endswith("the same as alone: True") for line in lines)

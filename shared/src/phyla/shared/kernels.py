@@ -75,6 +75,11 @@ def _load(namespace: str) -> Status:
     return Status(True, "native")
 
 
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward mode is on, which have to see each op's own rules."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 class Op:
     """One op that nothing differentiates, such as arithmetic on packed bits: a composite, and a native kernel where the library has one.
 
@@ -196,7 +201,7 @@ class Kernel(Op):
 
     def _watched(self, args: Sequence[Any]) -> bool:
         """Whether autograd, forward mode or a ``torch.func`` transform has to see the call; the bare op is some 80 microseconds faster."""
-        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        if transformed():
             return True
         return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self._differentiable)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,17 @@ def load_golden(path: str | Path) -> dict[str, Tensor]:
 def golden_text(value: Tensor) -> str:
     """The string behind a golden option."""
     return bytes(value.tolist()).decode()
+
+
+def run_example(path: str | Path) -> str:
+    """What a script prints when it is run as ``__main__``; the number of torch threads is put back behind it."""
+    threads, printed = torch.get_num_threads(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(str(path), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    return printed.getvalue()
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float, *, least: float = 1e-30) -> None:

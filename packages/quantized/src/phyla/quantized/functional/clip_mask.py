@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phyla.shared.kernels import Op
+from phyla.shared.kernels import Op, transformed
 
 _BITS = 64
 
@@ -112,7 +112,6 @@ def masked_sign(x: Tensor, clip: float | None) -> Tensor:
     """sign(x); its gradient passes where abs(x) <= clip, everywhere for None. One bit an element is kept for backward, nothing for None."""
     if torch.compiler.is_compiling():
         return cast(Tensor, cast(Any, _Traced).apply(x, clip)[0])
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    if transformed or (torch.is_grad_enabled() and x.requires_grad):
+    if transformed() or (torch.is_grad_enabled() and x.requires_grad):
         return cast(Tensor, cast(Any, _Eager).apply(x, clip)[0])
     return cast(Tensor, _sign.op(_computed(x)).to(x.dtype))
