@@ -7,14 +7,14 @@ words like those of ``pack``: 1 where the sum is not positive.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from phyla.quantized.functional.bits import _matmul, _pack, check_product, words_of
-from phyla.quantized.functional.packed_conv import GEOMETRY, Geometry, Pair, _conv2d, check_conv
+from phyla.quantized.functional.packed_conv import GEOMETRY, Geometry, Options, _conv2d, check_conv
 from phyla.shared import checks
 from phyla.shared.kernels import Op
 
@@ -32,9 +32,13 @@ def _conv2d_threshold(x: Tensor, weight: Tensor, threshold: Tensor, flip: Tensor
     return _threshold(_conv2d(x, weight, *geometry), threshold, flip)
 
 
-def _conv2d_threshold_fake(x: Tensor, weight: Tensor, threshold: Tensor, flip: Tensor, *geometry: Any) -> Tensor:
-    sizes = Geometry(*geometry).output(x.shape[1], x.shape[2])
-    return x.new_empty(x.shape[0], *sizes, words_of(weight.shape[0]))
+def _output(x: Tensor, rest: tuple[Any, ...]) -> tuple[int, int, int]:
+    """Images, height and width of an output; the geometry stands last in what follows the operands."""
+    return x.shape[0], *Geometry(*rest[-len(Geometry._fields) :]).output(x.shape[1], x.shape[2])
+
+
+def _conv2d_threshold_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*_output(x, rest), words_of(weight.shape[0]))
 
 
 def _conv2d_residual(
@@ -60,19 +64,9 @@ def _conv2d_residual(
     return y, _pack(y)
 
 
-def _conv2d_residual_fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    gain: Tensor,
-    shift: Tensor,
-    shortcut: Tensor | None,
-    low: float,
-    high: float,
-    *geometry: Any,
-) -> tuple[Tensor, Tensor]:
-    lead = (x.shape[0], *Geometry(*geometry).output(x.shape[1], x.shape[2]))
-    return x.new_empty(*lead, weight.shape[0], dtype=torch.float32), x.new_empty(*lead, words_of(weight.shape[0]))
+def _conv2d_residual_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lead, channels = _output(x, rest), weight.shape[0]
+    return x.new_empty(*lead, channels, dtype=torch.float32), x.new_empty(*lead, words_of(channels))
 
 
 _matmul_threshold_op = Op(
@@ -133,14 +127,7 @@ def packed_conv2d_threshold(
     weight: Tensor,
     threshold: Tensor,
     flip: Tensor,
-    *,
-    channels: int,
-    kernel_size: Pair,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    padding_value: Literal[0, 1, -1] = 0,
+    **options: Unpack[Options],
 ) -> Tensor:
     """The bits of a thresholded packed convolution: the next layer's input.
 
@@ -149,13 +136,8 @@ def packed_conv2d_threshold(
         weight: int64 words (O, ceil(kh kw channels / groups / 64)), as of ``packed_conv2d``.
         threshold: int32 (O,), compared with the sums.
         flip: bool (O,), True where small sums are the positive ones.
-        channels: as of ``packed_conv2d``; so are the other sizes.
-        kernel_size: (kh, kw).
-        stride: steps of the window.
-        padding: pixels added on each side.
-        dilation: distance of the taps.
-        groups: blocks of channels that are convolved apart.
-        padding_value: 0, +1 or -1.
+        options: the keyword arguments of ``packed_conv2d``: ``channels`` and ``kernel_size``; ``stride``, ``padding``, ``dilation``,
+            ``groups`` and ``padding_value``.
 
     Returns:
         int64 words (N, Ho, Wo, ceil(O/64)) of ``(sum >= threshold) != flip``, 0 where that is true.
@@ -166,17 +148,7 @@ def packed_conv2d_threshold(
 
     Source: "FINN: A Framework for Fast, Scalable Binarized Neural Network Inference", section 4.2.2.
     """
-    images, filters, geometry = check_conv(
-        x,
-        weight,
-        channels=channels,
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        padding_value=padding_value,
-    )
+    images, filters, geometry = check_conv(x, weight, **options)
     words: Tensor = _conv2d_threshold_op(images, filters, *_check_threshold(threshold, flip, filters.shape[0]), *geometry)
     return words
 
@@ -191,13 +163,7 @@ def packed_conv2d_residual(
     gain: Tensor | None = None,
     low: float = -math.inf,
     high: float = math.inf,
-    channels: int,
-    kernel_size: Pair,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    padding_value: Literal[0, 1, -1] = 0,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]:
     """A packed convolution with what follows it in a residual network: ``y = clamp((sums scale) gain + shift + shortcut, low, high)``.
 
@@ -212,13 +178,8 @@ def packed_conv2d_residual(
         gain: float32 (O,), slope of the batch normalisation where it is kept apart from the factor; None for 1.
         low: least value; -1 with ``high=1`` for Hardtanh.
         high: largest value.
-        channels: as of ``packed_conv2d``; so are the other sizes.
-        kernel_size: (kh, kw).
-        stride: steps of the window.
-        padding: pixels added on each side.
-        dilation: distance of the taps.
-        groups: blocks of channels that are convolved apart.
-        padding_value: 0, +1 or -1.
+        options: the keyword arguments of ``packed_conv2d``: ``channels`` and ``kernel_size``; ``stride``, ``padding``, ``dilation``,
+            ``groups`` and ``padding_value``.
 
     Returns:
         y, float32 (N, Ho, Wo, O), and its signs as ``pack`` gives them, int64 words (N, Ho, Wo, ceil(O/64)).
@@ -229,17 +190,7 @@ def packed_conv2d_residual(
 
     Source: "Bi-Real Net: Enhancing the Performance of 1-bit CNNs With Improved Representational Capability", section 3.2, for the shortcut.
     """
-    images, filters, geometry = check_conv(
-        x,
-        weight,
-        channels=channels,
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        padding_value=padding_value,
-    )
+    images, filters, geometry = check_conv(x, weight, **options)
     out_channels = filters.shape[0]
     if not low <= high:
         raise ValueError(f"low: expected a number of at most high={high}, got {low}")

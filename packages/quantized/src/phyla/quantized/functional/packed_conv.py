@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Required, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,18 @@ class Geometry(NamedTuple):
 GEOMETRY = "int channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, int padding_value"
 
 
+class Options(TypedDict, total=False):
+    """The keyword arguments of all packed convolutions; `packed_conv2d` tells what they are."""
+
+    channels: Required[int]
+    kernel_size: Required[Pair]
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    padding_value: Literal[0, 1, -1]
+
+
 def _whole(name: str, value: object, least: int = 1) -> int:
     return value if type(value) is int and value >= least else checks.positive_int(name, value)  # most calls need no more than this
 
@@ -58,11 +70,11 @@ def check_conv(
     *,
     channels: object,
     kernel_size: object,
-    stride: object,
-    padding: object,
-    dilation: object,
-    groups: object,
-    padding_value: object,
+    stride: object = 1,
+    padding: object = 0,
+    dilation: object = 1,
+    groups: object = 1,
+    padding_value: object = 0,
 ) -> tuple[Tensor, Tensor, Geometry]:
     """The operands and the geometry of a packed convolution. Raises: TypeError, ValueError."""
     count, blocks = _whole("channels", channels), _whole("groups", groups)
