@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phyla.second_order.model_operator import Data, LossFn, ModelOperator, Select, mean_loss, vjp
+from phyla.second_order.model_operator import Data, LossFn, ModelOperator, Options, mean_loss, vjp
 from phyla.shared import checks
 
 __all__ = ["EmpiricalFisherOperator", "FisherOperator", "GGNOperator"]
@@ -125,29 +124,16 @@ class FisherOperator(_OutputOperator):
         loss_fn: LossFn,
         data: Data,
         *,
-        params: Select = None,
         num_samples: int | None = None,
         generator: torch.Generator | None = None,
-        chunk_size: int | None = None,
-        cache_graph: bool = False,
-        check_deterministic: bool = True,
-        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if loss_kind(loss_fn) is None:
             raise ValueError(f"loss_fn: expected plain cross_entropy, mse_loss or binary_cross_entropy_with_logits, got {loss_fn!r}")
         self._samples = None if num_samples is None else checks.positive_int("num_samples", num_samples)
         place = torch.device("cpu") if generator is None else generator.device
         self._seed = int(torch.randint(2**62, (), generator=generator, device=place)) if self._samples else 0
-        super().__init__(
-            model,
-            loss_fn,
-            data,
-            params=params,
-            chunk_size=chunk_size,
-            cache_graph=cache_graph,
-            check_deterministic=check_deterministic,
-            process_group=process_group,
-        )
+        super().__init__(model, loss_fn, data, **options)
 
     def _middle(self, outputs: Tensor, targets: Any, index: int) -> Action:
         if self._samples is None:
@@ -187,23 +173,10 @@ class EmpiricalFisherOperator(_OutputOperator):
         loss_fn: LossFn,
         data: Data,
         *,
-        params: Select = None,
         centered: bool = False,
-        chunk_size: int | None = None,
-        cache_graph: bool = False,
-        check_deterministic: bool = True,
-        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            model,
-            loss_fn,
-            data,
-            params=params,
-            chunk_size=chunk_size,
-            cache_graph=cache_graph,
-            check_deterministic=check_deterministic,
-            process_group=process_group,
-        )
+        super().__init__(model, loss_fn, data, **options)
         self._mean = self._gradient() if centered else None
 
     def _middle(self, outputs: Tensor, targets: Any, index: int) -> Action:

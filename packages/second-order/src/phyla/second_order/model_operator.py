@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from phyla.second_order.operator import CurvatureOperator
+from phyla.second_order.sharding import Shard
 from phyla.shared import checks
 
 __all__: list[str] = []
@@ -24,6 +25,17 @@ __all__: list[str] = []
 LossFn = Callable[[Any, Any], Tensor]
 Data = tuple[Any, Any] | Iterable[tuple[Any, Any]]
 Select = Iterable[str] | Callable[[str], bool] | None
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that all operators of a model share; `HessianOperator` tells what they are."""
+
+    params: Select
+    chunk_size: int | None
+    cache_graph: bool
+    check_deterministic: bool
+    process_group: dist.ProcessGroup | None
+
 
 _COLUMNS = 32  # vectors that one batched backward pass carries; its memory is that many activations
 
@@ -113,14 +125,12 @@ class ModelOperator(CurvatureOperator):
             self._data = [(data[0], data[1])]
         else:
             self._data = list(data) if isinstance(data, Iterator) else data
-        self._group = process_group
-        if process_group is not None and not dist.is_initialized():
-            raise RuntimeError("process_group: expected torch.distributed to be initialised, it is not")
+        self._ranks = Shard(size, process_group)
         counts = [count for _, _, count in self._chunks()]
         if not sum(counts):
             raise ValueError("data: expected at least one example, got none")
         total = torch.tensor(float(sum(counts)), dtype=torch.float64, device=self.device)
-        self.num_data = int(self._reduce(total))
+        self.num_data = int(self._ranks.sum(total))
         self._keep = cache_graph and len(counts) == 1
         self._kept: Callable[[Tensor], Tensor] | None = None
         if check_deterministic:
@@ -184,12 +194,7 @@ class ModelOperator(CurvatureOperator):
             for inputs, targets, count in self._chunks():
                 grads = torch.autograd.grad(mean_loss(self.loss_fn, self._forward(inputs, leaves), targets), leaves, materialize_grads=True)
                 total.add_(torch.cat([g.flatten() for g in grads]), alpha=count / self.num_data)
-        return self._reduce(total)
-
-    def _reduce(self, value: Tensor) -> Tensor:
-        if self._group is not None:
-            dist.all_reduce(value, group=self._group)
-        return value
+        return self._ranks.sum(total)
 
     def _matvec(self, vector: Tensor) -> Tensor:
         return self._products(vector.detach()[None])[0]
@@ -207,7 +212,7 @@ class ModelOperator(CurvatureOperator):
                 for part, out in zip(torch.split(rows, _COLUMNS), torch.split(total, _COLUMNS), strict=True):
                     out.add_(act(part), alpha=count / self.num_data)
                 del act
-        return self._reduce(total)
+        return self._ranks.sum(total)
 
 
 def vjp(outputs: list[Tensor], leaves: list[Tensor], vectors: list[Tensor], *, graph: bool = False) -> list[Tensor]:
