@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phyla.linear_rnn.functional import delta_product, dplr, linear_attention
+from phyla.linear_rnn.functional.delta import _delta_product
 from phyla.shared.bench import Case, Step, main
 
 T, H, W = 4096, 8, 64  # tokens, heads, width of keys and values
@@ -65,10 +66,16 @@ def transformers(backward: bool, n: int = 1) -> Step:
     return step_of(function, inputs("delta_product", gate="scalar", n=n), backward)
 
 
-def decoding(mode: str) -> Step:
-    args = inputs("delta_product", gate="scalar", tokens=1, batch=16)
-    state = torch.randn(16, H, W, W)
+def decoding(mode: str, batch: int) -> Step:
+    args = inputs("delta_product", gate="scalar", tokens=1, batch=batch)
+    state = torch.randn(batch, H, W, W)
     return step_of(partial(delta_product, mode=mode, initial_state=state, qk_l2norm=True), args, backward=False)
+
+
+def decoding_op(batch: int) -> Step:
+    args = inputs("delta_product", gate="scalar", tokens=1, batch=batch)
+    state = torch.randn(batch, H, W, W)
+    return step_of(lambda *args: _delta_product.op(*args, state, None, W**-0.5, True, 64), args, backward=False)
 
 
 def cost(kind: str, n: int, backward: bool) -> float:
@@ -102,11 +109,18 @@ CASES = [
             "token by token": partial(phyla, "delta_product", False, mode="recurrent", gate="scalar"),
         },
     ),
-    Case(
-        "decoding, B 16",
-        {"phyla": partial(decoding, "auto"), "torch path": partial(decoding, "chunk")},
-        bytes=2.0 * 4 * 16 * H * W * W,
-        target=3.0,
+    *(
+        Case(
+            f"decoding, B {batch}",
+            {
+                "phyla": partial(decoding, "auto", batch),
+                "torch path": partial(decoding, "chunk", batch),
+                "the op alone": partial(decoding_op, batch),
+            },
+            bytes=2.0 * 4 * batch * H * W * W,
+            target=3.0,
+        )
+        for batch in (16, 64)
     ),
     Case(
         "memory, T 8192, 4 heads, forward + backward",

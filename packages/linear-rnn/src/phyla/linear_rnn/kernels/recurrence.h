@@ -66,6 +66,25 @@ PHYLA_INLINE Lanes<double>::vec exponential(Lanes<double>::vec x) {
   return x < -708.0 ? vec{} : x > 709.0 ? vec{} + double(INFINITY) : value;
 }
 
+template <class T>
+PHYLA_INLINE void exponentials(T* out, const T* x, int64_t size) {
+  using vec = typename Lanes<T>::vec;
+  using loose = typename Lanes<T>::loose;
+  constexpr int64_t lanes = Lanes<T>::count;
+  const int64_t whole = size / lanes * lanes;
+  for (int64_t i = 0; i < whole; i += lanes) *reinterpret_cast<loose*>(out + i) = exponential(vec(*reinterpret_cast<const loose*>(x + i)));
+  vec rest{};
+  std::copy_n(x + whole, size - whole, reinterpret_cast<T*>(&rest));
+  rest = exponential(rest);
+  std::copy_n(reinterpret_cast<const T*>(&rest), size - whole, out + whole);
+}
+
+// What a row is multiplied by to have unit length; a row of zeros stays one.
+template <class T>
+PHYLA_INLINE T inverse_length(const T* x, int64_t size) {
+  return 1 / std::sqrt(dot(x, x, size) + T(1e-6));
+}
+
 // Cuts one block of memory, which starts with any values, into matrices at whole units.
 template <class T>
 struct Arena {
@@ -157,15 +176,11 @@ struct Chunk {
       }
     }
     if constexpr (channel) {
-      using vec = typename Lanes<T>::vec;
-      using loose = typename Lanes<T>::loose;
-      constexpr int64_t lanes = Lanes<T>::count;
       constexpr T most_decay = sizeof(T) == 4 ? T(1e-34) : T(1e-300);
       for (int64_t i = 0; i < tokens; ++i) {
         const T* g = in.g + ((begin + i) * in.value_heads + head) * K;
         T *now = start + i * Kp, *within = inner + i * Kp;
-        std::copy_n(g, K, now);
-        for (int64_t k = 0; k < K; k += lanes) *reinterpret_cast<loose*>(now + k) = exponential(vec(*reinterpret_cast<loose*>(now + k)));
+        exponentials(now, g, K);
         if (i == 0) {
           std::fill_n(within, K, T(1));
           continue;
@@ -182,8 +197,6 @@ struct Chunk {
     }
     return tokens;
   }
-
-  PHYLA_INLINE T length(const T* x) const { return 1 / std::sqrt(dot(x, x, K) + T(1e-6)); }
 
   // Row `row` of the queries and reads: factor x, decayed from the start to token i; i = -1 is before the first token's decay.
   PHYLA_INLINE void reading_row(int64_t row, const T* x, T factor, int64_t i) {
@@ -231,12 +244,12 @@ struct Chunk {
     known = removal == Removal::key ? 0 : c;
     gram_width = padded<T>(writes);
     for (int64_t i = 0; i < c; ++i) {
-      query_length[i] = in.unit_keys ? length(query(i)) : T(1);
+      query_length[i] = in.unit_keys ? inverse_length(query(i), K) : T(1);
       reading_row(i, query(i), in.scale * query_length[i], i);
     }
     for (int64_t i = 0; i < c; ++i) {
       for (int64_t row = i * in.n; row < (i + 1) * in.n; ++row) {
-        key_length[row] = in.unit_keys ? length(key(row)) : T(1);
+        key_length[row] = in.unit_keys ? inverse_length(key(row), K) : T(1);
         writing_row(row, key(row), key_length[row], i);
         if (removal == Removal::key) reading_row(c + row, key(row), -key_length[row], i);
       }

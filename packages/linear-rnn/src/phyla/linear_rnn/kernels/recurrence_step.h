@@ -9,23 +9,13 @@
 namespace phyla::linear_rnn {
 
 template <class T>
-void exponentials(T* out, const T* x, int64_t size) {
-  for (int64_t i = 0; i < size; i += Lanes<T>::count) {
-    typename Lanes<T>::vec some{};
-    const int64_t count = std::min<int64_t>(size - i, Lanes<T>::count);
-    std::copy_n(x + i, count, reinterpret_cast<T*>(&some));
-    *reinterpret_cast<typename Lanes<T>::loose*>(out + i) = exponential(some);
-  }
-}
-
-template <class T>
 void forward_step(const Inputs<T>& in, Gate gate, Removal removal, const Heads& heads, T* out, T* final_state) {
   const int64_t K = in.K, V = in.V, Kp = padded<T>(K), group = in.value_heads / in.heads;
   Arena<T> arena(4 * Kp + 3 * V + 64);
   T *decay = arena.take(Kp), *query = arena.take(Kp), *key = arena.take(Kp), *decayed = arena.take(Kp);
   T *found = arena.take(V), *x = arena.take(V);
   const auto unit = [&](T* row, const T* given, T factor) {
-    if (in.unit_keys) factor /= std::sqrt(dot(given, given, K) + T(1e-6));
+    if (in.unit_keys) factor *= inverse_length(given, K);
     for (int64_t k = 0; k < K; ++k) row[k] = factor * given[k];
   };
   for (int64_t h = heads.begin; h < heads.begin + heads.count; ++h) {
